@@ -1,0 +1,1150 @@
+"""Streaming object detection on video with RT-DETR.
+
+Read from top to bottom, this file follows the data: settings, model, reading, detecting, encoding, the
+`@spaces.GPU` generator, the page. Drawing is in `draw_boxes.py`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import contextvars
+import csv
+import hashlib
+import json
+import logging
+import math
+import os
+import queue
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import spaces  # isort: skip  # must come before torch: on ZeroGPU it emulates CUDA outside the GPU function
+
+import av
+import cv2
+import gradio as gr
+import huggingface_hub
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+import transformers
+from gradio.utils import get_upload_folder
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
+
+from draw_boxes import draw_bounding_boxes, label_color
+
+T = TypeVar("T")
+log = logging.getLogger("rt-detr-stream")
+
+# ----------------------------------------------------------------------------------------------- settings
+
+DEFAULT_MODEL_ID = "PekingU/rtdetr_r50vd"
+SHIPPED_MODEL = Path(__file__).parent / "examples" / "shapes-rtdetr"
+EXAMPLES = Path(__file__).parent / "examples"
+
+# How much of the source is shown: the scale of width and height, and one frame of how many.
+RESOLUTIONS = {"Half (fast)": (Fraction(1, 2), 2), "Full": (Fraction(1), 1)}
+HALF = next(iter(RESOLUTIONS))
+CHUNK_SECONDS = 2  # of output, in each mp4 that is streamed
+
+# A chunk is one forward pass, but in parts where it has many frames or large ones. On a CPU small parts are no
+# slower, show how far the work is, and end soon when the viewer has gone.
+BATCH_FRAMES = {"cpu": 4, "mps": 16, "cuda": 60}
+BATCH_BYTES = 128 << 20  # of decoded frames
+VISITORS_AT_ONCE = 4  # streams; who comes later waits and sees the place in the queue
+SETTLE_SECONDS = 0.15  # without another change of the settings, before a run begins
+HEARTBEAT_SECONDS = 0.5  # at least this often the page hears from a run, and a run from the page
+MAX_SOURCE_FPS = 480  # what a file claims or measures above this is a broken clock
+AUDIO_RATE = 48_000  # samples per second of the sound in the chunks, stereo
+AUDIO_JUMP_SECONDS = 0.02  # a timestamp this far off the running count of samples is a real gap
+
+# Only these containers are opened, and only with the `file` protocol: a playlist inside an upload could
+# otherwise make the server read other files or open connections.
+CONTAINERS = (
+    "3dostr,amv,apng,asf,av1,avi,dv,f4v,flv,gif,h263,h264,hevc,ivf,m4v,matroska,webm,mjpeg,mov,mp4,mpeg,"
+    "mpegts,mpegtsraw,mpegvideo,mxf,nsv,nut,obu,ogg,rm,swf,vc1,vc1test,vvc,wtv,yuv4mpegpipe"
+)
+DEMUXER_OPTIONS = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = f"format_whitelist;{CONTAINERS}|protocol_whitelist;file"
+
+# -------------------------------------------------------------------------------------------------- model
+
+
+# What the model answers for one frame: every query, best first, whatever its score. float32 (queries, 6), each
+# row a box (xyxy, relative to the frame: 0 to 1), its score and its label's number.
+Found = np.ndarray
+
+
+class Detector:
+    """An RT-DETR checkpoint on the best device there is.
+
+    `source` is a model id on the Hub or a local folder. Raises OSError when it cannot be loaded, ValueError
+    when it is something else than an RT-DETR detector.
+    """
+
+    def __init__(self, source: str, local_files_only: bool = False):
+        config = AutoConfig.from_pretrained(source, local_files_only=local_files_only)
+        if config.model_type not in ("rt_detr", "rt_detr_v2"):
+            raise ValueError(f"it is a '{config.model_type}' model, not an RT-DETR detector")
+        processor = AutoImageProcessor.from_pretrained(source, local_files_only=local_files_only, backend="pil")
+        model = AutoModelForObjectDetection.from_pretrained(
+            source, local_files_only=local_files_only, dtype=torch.float32
+        )
+        self.source = source
+        self.device = torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+        # Tells this checkpoint on this device from any other, so that no answer is taken for another's. Worked
+        # out before the weights move: ZeroGPU has no CUDA to calculate with at start-up.
+        weights = [parameter.double().sum().item() for parameter in model.parameters()]
+        self.fingerprint = f"{config.to_json_string()}{processor}{self.device}{weights}"
+        self.model = model.eval().to(self.device)
+        self._turn = threading.Lock()  # several visitors share the model, a batch each in turn
+        self.id2label: dict[int, str] = config.id2label
+        self.input_size = (processor.size["height"], processor.size["width"])
+        self.rescale_factor = processor.rescale_factor if processor.do_rescale else 1.0
+        self.normalize = (processor.image_mean, processor.image_std) if processor.do_normalize else None
+
+    @torch.inference_mode()
+    def __call__(self, frames: list[np.ndarray]) -> list[Found]:
+        """Detect objects on `frames`, uint8 (H, W, 3) BGR of one size, in one forward pass."""
+        batch = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+        with self._turn:
+            outputs = self.model(pixel_values=self._preprocess(batch))
+        # The official `post_process_object_detection` with threshold 0, but with one transfer a batch.
+        scores = outputs.logits.float().sigmoid()
+        queries, classes = scores.shape[1:]
+        scores, index = scores.flatten(1).topk(queries)
+        centers, sizes = outputs.pred_boxes.float().split(2, dim=-1)
+        boxes = torch.cat((centers - sizes / 2, centers + sizes / 2), dim=-1)
+        boxes = boxes.gather(1, (index // classes).unsqueeze(-1).expand(-1, -1, 4))
+        labels = index % classes
+        return list(torch.cat((boxes, scores.unsqueeze(-1), labels.unsqueeze(-1)), dim=-1).cpu().numpy())
+
+    def _preprocess(self, batch: torch.Tensor) -> torch.Tensor:
+        """Resize and rescale as the official processor does; BGR uint8 NCHW in, RGB float32 NCHW out.
+
+        On uint8 the antialiased bilinear resize gives PIL's very bytes, but exists only on the CPU.
+        """
+        if self.device.type == "cuda":
+            batch = batch.to(self.device).float()
+        batch = F.interpolate(batch, self.input_size, mode="bilinear", antialias=True)
+        batch = batch.to(self.device).flip(1).float() * self.rescale_factor
+        if self.normalize:
+            mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in self.normalize)
+            batch = (batch - mean) / std
+        return batch
+
+
+def load_detector() -> tuple[Detector, str]:
+    """The detector that `MODEL_ID` names or the default one, and a note for the page, mostly empty.
+
+    Without `MODEL_ID`, and with the default neither in the local cache nor to be had from the Hub, it is the
+    shapes detector that ships with the app. A `MODEL_ID` that cannot be loaded ends the program.
+    """
+    wanted = os.environ.get("MODEL_ID", "").strip()
+    source = wanted or DEFAULT_MODEL_ID
+    try:
+        try:
+            return Detector(source, local_files_only=True), ""
+        except OSError:
+            if Path(source).exists():
+                raise
+            # One quick request first: without a network `from_pretrained` would retry noisily for 23 s.
+            url = huggingface_hub.hf_hub_url(source, "config.json")
+            huggingface_hub.get_hf_file_metadata(url, timeout=3)
+            return Detector(source), ""
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if wanted:
+            sys.exit(f"The model '{wanted}' in MODEL_ID cannot be used: {reason}")
+        detector = Detector(str(SHIPPED_MODEL), local_files_only=True)
+        names = ", ".join(detector.id2label.values())
+        note = (
+            f"**{DEFAULT_MODEL_ID}** could not be loaded (no network, and not in the local cache), so the "
+            f"small detector that ships with this app runs instead. It finds only rendered shapes: {names}. "
+            f"For the other one, start the app once with a network, or set `MODEL_ID` to a local folder."
+        )
+        log.warning("%s (%s)", note.replace("**", "").replace("`", ""), reason)
+        return detector, note
+
+
+if missing := [tool for tool in ("ffmpeg", "ffprobe") if not shutil.which(tool)]:
+    sys.exit(f"This app needs {' and '.join(missing)}, which cannot be found: please install ffmpeg.")
+
+logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+transformers.utils.logging.disable_progress_bar()
+DETECTOR, MODEL_NOTE = load_detector()
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What a file says of its video track, once its packets have been read (none is decoded).
+
+    Times are in seconds and count from the first frame. `fps` is the source's own rate, exact.
+    """
+
+    path: str
+    resolution: str  # a key of RESOLUTIONS
+    fps: Fraction
+    pts_seconds: np.ndarray  # of every packet, sorted
+    start_seconds: float  # of the first frame, on the file's own clock
+    stream_start_seconds: float  # what the header says of it
+    duration_seconds: float
+    promised_seconds: float  # the duration that the header gives, or 0
+    width: int  # of the coded picture, before rotation
+    sample_aspect_ratio: Fraction  # width of a coded pixel by its height
+    has_audio: bool
+
+    @property
+    def scale(self) -> Fraction:
+        return RESOLUTIONS[self.resolution][0]
+
+    @property
+    def output_fps(self) -> Fraction:
+        return self.fps / RESOLUTIONS[self.resolution][1]
+
+    @property
+    def chunk_frames(self) -> int:
+        """Output frames in a chunk: two seconds of them, but at least one."""
+        return max(1, round(CHUNK_SECONDS * self.output_fps))
+
+
+def open_container(path: str) -> av.container.InputContainer:
+    return av.open(path, options=DEMUXER_OPTIONS, metadata_errors="replace")
+
+
+def find_video_stream(container: av.container.InputContainer) -> av.VideoStream | None:
+    """The first video track that is not a cover picture, as OpenCV chooses it."""
+    cover = av.stream.Disposition.attached_pic
+    return next((s for s in container.streams.video if not s.disposition & cover), None)
+
+
+def read_video_info(path: str, resolution: str = HALF) -> VideoInfo:
+    """Read a video's clock. Raises `gr.Error`, with a sentence for the page, if it is not a video."""
+    if not os.path.isfile(path) or os.path.getsize(path) == 0:
+        raise gr.Error("This file is empty.", title="Not a video")
+    try:
+        container = open_container(path)
+    except (av.FFmpegError, ValueError, OSError) as error:
+        log.info("cannot open %s: %s", path, error)
+        raise gr.Error(
+            "This file cannot be opened as a video. It may be another kind of file, or cut off before its index.",
+            title="Not a video",
+        ) from error
+    with container:
+        stream = find_video_stream(container)
+        if stream is None:
+            raise gr.Error("This file has no video track.", title="Not a video")
+        packets = []
+        try:
+            for packet in container.demux(stream):
+                tick = packet.dts if packet.pts is None else packet.pts
+                if packet.size and not packet.is_discard:
+                    packets.append((tick, packet.duration or 0))
+        except av.FFmpegError as error:
+            log.info("%s is damaged: %s", path, error)
+        if not packets:
+            raise gr.Error("The video track of this file is empty.", title="Not a video")
+        time_base = stream.time_base or Fraction(1, 1000)
+        if all(tick is None for tick, _ in packets):  # a bare stream without a container: only its rate is known
+            time_base = 1 / (stream.average_rate or stream.guessed_rate or Fraction(25))
+            packets = [(number, 1) for number in range(len(packets))]
+        pts = np.unique(np.array([tick for tick, _ in packets if tick is not None], np.int64))
+        fps = frame_rate(pts, time_base, stream.average_rate)
+        # With B-frames a packet lasts until the next one in decoding order, which is not how long its picture
+        # is shown. Only of the very last one it is.
+        last_tick, last_duration = packets[-1]
+        held = last_duration * time_base if last_tick == pts[-1] else 0
+        start = int(pts[0])
+        duration = (int(pts[-1]) - start) * time_base + max(held, 1 / fps)
+        return VideoInfo(
+            path=path,
+            resolution=resolution,
+            fps=fps,
+            pts_seconds=(pts - start) * float(time_base),
+            start_seconds=float(start * time_base),
+            stream_start_seconds=float((stream.start_time or 0) * time_base),
+            duration_seconds=float(duration),
+            promised_seconds=float((stream.duration or 0) * time_base),
+            width=stream.codec_context.width,
+            sample_aspect_ratio=stream.sample_aspect_ratio or Fraction(1),
+            has_audio=bool(container.streams.audio),
+        )
+
+
+def frame_rate(pts: np.ndarray, time_base: Fraction, average_rate: Fraction | None) -> Fraction:
+    """Frames per second of sorted, unique timestamps.
+
+    The header's average is exact (30000/1001) but may be absurd (1000 or 90000 in browser recordings) or
+    thinned by long gaps (screen recordings), so it counts only if the timestamps agree with it.
+    """
+    steps = np.diff(pts)
+    median = np.median(steps) if len(steps) else 0
+    usual = steps[(steps > 0.5 * median) & (steps < 1.5 * median)]
+    rate = 1 / (Fraction(float(usual.mean())) * time_base) if len(usual) else average_rate or Fraction(25)
+    if average_rate and abs(average_rate / rate - 1) < 0.1:
+        rate = average_rate
+    # Containers round 29.97 and the like in their own ways; what is meant is 30000/1001.
+    for exact in (Fraction(round(rate)), Fraction(round(rate * 1001 / 1000) * 1000, 1001)):
+        if exact and abs(rate / exact - 1) < 1e-4:
+            rate = exact
+    return min(rate.limit_denominator(1001), Fraction(MAX_SOURCE_FPS))
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """A frame to be detected: `image` uint8 (H, W, 3) BGR, already at the output's size."""
+
+    image: np.ndarray
+    source_size: tuple[int, int]  # width and height in the source, upright
+    index: int  # in the source, from 0
+    pts_seconds: float  # in the source, from its first frame
+
+
+GrabbedFrame = tuple[float, Callable[[], np.ndarray]]  # its time in seconds, and how to get its BGR image
+
+
+def opencv_frames(video: VideoInfo) -> Iterator[GrabbedFrame]:
+    """Every frame that OpenCV decodes. An image must be asked for before the next frame is."""
+    capture = cv2.VideoCapture(video.path, cv2.CAP_FFMPEG)
+    try:
+        while capture.grab():
+            # OpenCV counts from the header's start, which need not be the first frame's.
+            pts_seconds = video.stream_start_seconds + capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
+            yield pts_seconds - video.start_seconds, lambda: capture.retrieve()[1]
+    finally:
+        capture.release()
+
+
+def pyav_frames(video: VideoInfo) -> Iterator[GrabbedFrame]:
+    """The same with PyAV: it decodes AV1, and goes on after packets that OpenCV gives up on."""
+    with open_container(video.path) as container:
+        stream = find_video_stream(container)
+        stream.thread_type = "AUTO"
+        for packet in container.demux(stream):
+            try:
+                frames = packet.decode()
+            except av.FFmpegError:
+                continue
+            for frame in frames:
+
+                def retrieve(frame: av.VideoFrame = frame) -> np.ndarray:
+                    image = frame.to_ndarray(format="bgr24")
+                    return np.ascontiguousarray(np.rot90(image, round(frame.rotation / 90)))
+
+                yield (math.nan if frame.time is None else frame.time - video.start_seconds), retrieve
+
+
+READERS = (opencv_frames, pyav_frames)
+
+
+def read_frames(video: VideoInfo) -> Iterator[GrabbedFrame]:
+    """Every frame that can be decoded, with rising times: OpenCV's, then what only PyAV can read.
+
+    A frame without a timestamp of its own, or with one that goes back, follows a frame's time after the last.
+    """
+    interval = float(1 / video.fps)
+    last = -math.inf
+    for reader in READERS:
+        resume_after = last
+        for pts_seconds, retrieve in reader(video):
+            if pts_seconds <= resume_after + interval / 4:
+                continue
+            if not pts_seconds > last:
+                pts_seconds = max(last, -interval) + interval
+            yield pts_seconds, retrieve
+            last = pts_seconds
+        if last > video.pts_seconds[-1] - interval / 2:
+            break
+
+
+def sample_frames(video: VideoInfo) -> Iterator[Frame]:
+    """The output's frames: output frame i is what the source shows at `i / output_fps` seconds.
+
+    A frame that the source shows for longer comes again, as the same object. At a constant rate this is every
+    second frame. Frames that are not needed are not converted.
+    """
+    # Half a source frame, so that rounded timestamps (WebM has whole milliseconds) do not pick a neighbour.
+    tolerance = float(1 / (2 * video.fps))
+    slot, shown, last, size = 0, None, 0.0, None
+
+    for index, (pts_seconds, retrieve) in enumerate(read_frames(video)):
+        while shown and float(slot / video.output_fps) + tolerance < pts_seconds:
+            yield shown
+            slot += 1
+        last = pts_seconds
+        following = video.pts_seconds[bisect.bisect_right(video.pts_seconds, pts_seconds + 1e-4) :]
+        if len(following) and following[0] <= float(slot / video.output_fps) + tolerance:
+            continue  # another frame will have replaced it by then
+        image = retrieve()
+        size = size or output_size(image, video)  # of the first frame, for all: some recordings change theirs
+        resized = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        shown = Frame(resized, image.shape[1::-1], index, max(0.0, pts_seconds))
+
+    if shown is None:
+        raise gr.Error("No frame of this video can be decoded.", title="Not a video")
+    end = video.duration_seconds
+    if last < video.pts_seconds[-1] - 3 * tolerance:
+        end = last + 2 * tolerance
+    # A quarter of a frame less: a duration that is rounded up must not add a frame.
+    while slot < max(1, math.ceil(end * video.output_fps - 0.25)):
+        yield shown
+        slot += 1
+    if end < max(video.duration_seconds - tolerance, 0.98 * video.promised_seconds - 0.5):
+        gr.Warning(f"This video is damaged: it could be read up to second {end:.1f}.")
+
+
+def output_size(image: np.ndarray, video: VideoInfo) -> tuple[int, int]:
+    """Width and height for square pixels, rounded to even numbers, as H.264's 4:2:0 needs them."""
+    height, width = image.shape[:2]
+    if width == video.width:
+        width *= video.sample_aspect_ratio
+    else:  # the image has been turned by 90 degrees, and its pixels with it
+        height *= video.sample_aspect_ratio
+    return tuple(max(2, 2 * round(side * video.scale / 2)) for side in (width, height))
+
+
+def read_batches(video: VideoInfo) -> Iterator[list[Frame]]:
+    """The frames of each chunk in one batch, or in several where they are many or large."""
+    batch: list[Frame] = []
+    for count, frame in enumerate(sample_frames(video), 1):
+        batch.append(frame)
+        full = len(batch) == BATCH_FRAMES[DETECTOR.device.type] or len(batch) * frame.image.nbytes > BATCH_BYTES
+        if full or count % video.chunk_frames == 0:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def read_audio(video: VideoInfo) -> Iterator[np.ndarray]:
+    """The default sound track as blocks of int16 (samples, 2) at `AUDIO_RATE`, from the first frame on.
+
+    Samples stand where their timestamps put them: gaps are filled with silence, overlaps are cut.
+    """
+    with open_container(video.path) as container:
+        stream = container.streams.best("audio")
+        resampler = av.AudioResampler(format="s16", layout="stereo", rate=AUDIO_RATE)
+        position = 0  # of the next sample
+        for packet in container.demux(stream):
+            try:
+                frames = [new for frame in packet.decode() for new in resampler.resample(frame)]
+            except (av.FFmpegError, ValueError):  # a damaged packet: its place stays silent
+                continue
+            for frame in frames:
+                samples = frame.to_ndarray().reshape(-1, 2)
+                offset = 0
+                if frame.time is not None:
+                    offset = round((frame.time - video.start_seconds) * AUDIO_RATE) - position
+                if offset < 0 and (position == 0 or -offset > AUDIO_JUMP_SECONDS * AUDIO_RATE):
+                    samples = samples[-offset:]
+                while offset > AUDIO_JUMP_SECONDS * AUDIO_RATE or (offset > 0 and position == 0):
+                    silence = np.zeros((min(offset, AUDIO_RATE), 2), np.int16)  # a long gap second by second
+                    position, offset = position + len(silence), offset - len(silence)
+                    yield silence
+                position += len(samples)
+                yield samples
+
+
+class AudioReader:
+    """Hands out the sound track piece by piece; silence where the track has ended or cannot be read."""
+
+    def __init__(self, video: VideoInfo):
+        self._blocks = read_audio(video)
+        self._rest = np.zeros((0, 2), np.int16)
+        self._taken = 0
+
+    def take_until(self, seconds: Fraction) -> np.ndarray:
+        """The samples from where the last call ended up to `seconds`, int16 (samples, 2)."""
+        count = round(seconds * AUDIO_RATE) - self._taken
+        blocks, missing = [self._rest], count - len(self._rest)
+        while missing > 0:
+            block = next(self._blocks, None)
+            if block is None:
+                block = np.zeros((missing, 2), np.int16)
+            blocks.append(block)
+            missing -= len(block)
+        samples = np.concatenate(blocks)
+        self._rest = samples[count:]
+        self._taken += count
+        return samples[:count]
+
+
+# ---------------------------------------------------------------------------------------------- detecting
+
+
+class DetectionStore:
+    """What was found on each frame of a video, kept on disk, so that no frame goes through the model twice.
+
+    One SQLite file for each video, checkpoint and resolution: it can be read and written by several processes
+    at once (ZeroGPU forks one for each call), and a process that is killed leaves it whole. It lies in
+    Gradio's cache folder and is removed with the uploads.
+    """
+
+    def __init__(self, video: VideoInfo):
+        file = os.stat(video.path)
+        key = (video.path, file.st_size, file.st_mtime_ns, video.resolution, DETECTOR.fingerprint)
+        name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
+        self.path = os.path.join(cache_folder(), f"detections-{name}.sqlite")
+
+    def _connect(self) -> sqlite3.Connection:
+        # Autocommit, and no waiting for the disk: these are answers that can be worked out again.
+        database = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+        database.execute("PRAGMA synchronous = OFF")
+        database.execute("CREATE TABLE IF NOT EXISTS frames (number INTEGER PRIMARY KEY, found BLOB)")
+        return database
+
+    def load(self, numbers: Iterable[int]) -> dict[int, Found]:
+        """What is known of the frames with these numbers."""
+        with contextlib.closing(self._connect()) as database:
+            numbers = ",".join(map(str, numbers))
+            rows = database.execute(f"SELECT number, found FROM frames WHERE number IN ({numbers})").fetchall()
+        return {number: np.frombuffer(found, np.float32).reshape(-1, 6) for number, found in rows}
+
+    def save(self, found: dict[int, Found]) -> None:
+        with contextlib.closing(self._connect()) as database, database:
+            rows = [(number, rows.tobytes()) for number, rows in found.items()]
+            database.executemany("INSERT OR REPLACE INTO frames VALUES (?, ?)", rows)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every frame of the video is known."""
+        with contextlib.closing(self._connect()) as database:
+            return database.execute("PRAGMA user_version").fetchone()[0] == 1
+
+    def mark_complete(self) -> None:
+        with contextlib.closing(self._connect()) as database:
+            database.execute("PRAGMA user_version = 1")
+
+
+def cache_folder() -> str:
+    folder = get_upload_folder()
+    os.makedirs(folder, exist_ok=True)
+    return folder
+
+
+DetectedFrame = tuple[Frame, Found]
+
+
+def detect_batches(video: VideoInfo, batches: Iterable[list[Frame]]) -> Iterator[list[DetectedFrame]]:
+    """Each batch with what the model finds in it, or has found before."""
+    store = DetectionStore(video)
+    for batch in batches:
+        frames = {frame.index: frame for frame in batch}  # a frame that is shown for longer comes once
+        known = store.load(frames)
+        if new := [frame for index, frame in frames.items() if index not in known]:
+            found = DETECTOR([frame.image for frame in new])
+            found = dict(zip((frame.index for frame in new), found, strict=True))
+            store.save(found)
+            known |= found
+        yield [(frame, known[frame.index]) for frame in batch]
+    store.mark_complete()
+
+
+class FrameDetections(NamedTuple):
+    """What is drawn on a frame: `boxes` xyxy in pixels of the source, best first."""
+
+    pts_seconds: float
+    frame: int
+    labels: list[str]
+    scores: list[float]
+    boxes: list[list[float]]
+
+
+def draw_detections(frame: Frame, found: Found, conf_threshold: float, classes: Sequence[str]) -> FrameDetections:
+    """Draw into the frame's own image what the model is sure enough of and the viewer wants to see."""
+    found = found[found[:, 4] > conf_threshold]
+    if classes:
+        numbers = [number for number, name in DETECTOR.id2label.items() if name in classes]
+        found = found[np.isin(found[:, 5], numbers)]
+    boxes, scores = found[:, :4], found[:, 4]
+    labels = [DETECTOR.id2label[int(number)] for number in found[:, 5]]
+    height, width = frame.image.shape[:2]
+    draw_bounding_boxes(frame.image, boxes * (width, height, width, height), scores, labels)
+    in_source = np.clip(boxes, 0, 1) * (frame.source_size * 2)
+    return FrameDetections(
+        frame.pts_seconds, frame.index, labels, scores.round(4).tolist(), in_source.round(1).tolist()
+    )
+
+
+# ----------------------------------------------------------------------------------------------- encoding
+
+
+class ChunkWriter:
+    """An mp4 file with H.264 video and, where there is sound, FLAC.
+
+    Gradio then only remuxes the pictures. Sound in a lossless codec keeps exactly the samples that it is
+    given, so that chunks join without a gap; AAC would add its priming samples to each.
+    """
+
+    def __init__(self, path: str, size: tuple[int, int], fps: Fraction, has_audio: bool):
+        self.path, self._frames, self._time_base = path, 0, 1 / fps
+        self._container = av.open(path, "w", format="mp4")
+        # One key frame, at the start, is enough for a chunk. CRF 23 is x264's own default quality.
+        options = {"preset": "veryfast", "crf": "23", "g": "100000", "bf": "0"}
+        self._video = self._container.add_stream("libx264", rate=fps, options=options)
+        self._video.width, self._video.height = size
+        self._video.pix_fmt = "yuv420p"
+        self._video.time_base = self._video.codec_context.time_base = self._time_base
+        # BT.709 in limited range, and said so, whatever the source had: OpenCV's frames are plain RGB.
+        context = self._video.codec_context
+        context.color_range, context.colorspace, context.color_primaries, context.color_trc = 1, 1, 1, 1
+        self._audio = None
+        if has_audio:
+            self._audio = self._container.add_stream("flac", rate=AUDIO_RATE, layout="stereo", format="s16")
+
+    def write(self, image: np.ndarray) -> None:
+        """Add a frame, uint8 (H, W, 3) BGR."""
+        frame = av.VideoFrame.from_ndarray(image, format="bgr24")
+        frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
+        frame.pts, frame.time_base = self._frames, self._time_base
+        self._frames += 1
+        self._mux_video(frame)
+
+    def write_audio(self, samples: np.ndarray) -> None:
+        """Add sound, int16 (samples, 2)."""
+        sound = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="s16", layout="stereo")
+        sound.rate, sound.pts = AUDIO_RATE, 0
+        self._container.mux(self._audio.encode(sound))
+        self._container.mux(self._audio.encode(None))
+
+    def close(self) -> None:
+        self._mux_video(None)
+        self._container.close()
+
+    def _mux_video(self, frame: av.VideoFrame | None) -> None:
+        for packet in self._video.encode(frame):
+            packet.duration = 1  # or the muxer would not know how long the last frame lasts
+            self._container.mux(packet)
+
+
+class StreamUpdate(NamedTuple):
+    """What `stream_object_detection` yields."""
+
+    chunk: str | None  # path of an mp4 file
+    detections: list[FrameDetections]  # of the frames that were drawn since the last update
+    seconds: float  # of the output that have been drawn so far
+    source_size: tuple[int, int]  # width and height, upright
+
+
+def write_chunks(
+    video: VideoInfo,
+    batches: Iterable[list[DetectedFrame]],
+    conf_threshold: float,
+    classes: Sequence[str],
+    folder: str,
+) -> Iterator[StreamUpdate]:
+    """Draw on the frames and write them as mp4 chunks of two seconds into `folder`."""
+    audio = AudioReader(video) if video.has_audio else None
+    writer, drawn, count = None, None, 0
+
+    def finish() -> str:
+        if audio:
+            writer.write_audio(audio.take_until(count / video.output_fps))
+        writer.close()
+        return writer.path
+
+    try:
+        for batch in batches:
+            detections = []
+            for frame, found in batch:
+                if frame is not drawn:
+                    detections.append(draw_detections(frame, found, conf_threshold, classes))
+                    drawn = frame
+                if writer is None:
+                    path = os.path.join(folder, f"{uuid.uuid4().hex}.mp4")
+                    writer = ChunkWriter(path, frame.image.shape[1::-1], video.output_fps, video.has_audio)
+                writer.write(frame.image)
+            count += len(batch)
+            chunk = None
+            if count % video.chunk_frames == 0:
+                chunk, writer = finish(), None
+            yield StreamUpdate(chunk, detections, float(count / video.output_fps), frame.source_size)
+        if writer:
+            chunk, writer = finish(), None
+            yield StreamUpdate(chunk, [], float(count / video.output_fps), frame.source_size)
+    finally:
+        if writer:
+            writer.close()
+            Path(writer.path).unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------- streaming
+
+
+class Pipeline:
+    """Stages that run at the same time, each in a thread of its own, joined by short queues.
+
+    Leaving the `with` block ends every thread after the step at hand, for which it waits a moment. An error in a
+    stage comes out of the next one, and so reaches the caller.
+    """
+
+    def __init__(self):
+        self._closed = threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        for thread in self._threads:
+            thread.join(timeout=0.3)  # not longer: Gradio closes a run in its event loop
+
+    def stage(self, items: Generator[T], heartbeat: bool = False) -> Iterator[T | None]:
+        """Run `items` in the background, one result ahead; with a heartbeat, None comes while there is none."""
+        results: queue.Queue = queue.Queue(1)
+
+        def put(item: T | None, end: Exception | None = None) -> None:
+            while not self._closed.is_set():
+                with contextlib.suppress(queue.Full):
+                    return results.put((item, end), timeout=0.1)
+            raise CancelledError
+
+        def run() -> None:
+            with contextlib.suppress(CancelledError), contextlib.closing(items):
+                try:
+                    for item in items:
+                        put(item)
+                    put(None, StopIteration())
+                except Exception as error:
+                    put(None, error)
+
+        def take() -> Iterator[T | None]:
+            while not self._closed.is_set():
+                try:
+                    item, end = results.get(timeout=HEARTBEAT_SECONDS if heartbeat else 0.1)
+                except queue.Empty:
+                    if heartbeat:
+                        yield None
+                    continue
+                if isinstance(end, StopIteration):
+                    return
+                if end:
+                    raise end
+                yield item
+            raise CancelledError
+
+        # In the caller's context, so that `gr.Warning` finds the page that it belongs to.
+        context = contextvars.copy_context()
+        self._threads.append(threading.Thread(target=context.run, args=(run,), daemon=True))
+        self._threads[-1].start()
+        return take()
+
+
+def run_pipeline(
+    video: VideoInfo, conf_threshold: float, classes: Sequence[str], heartbeat: bool
+) -> Iterator[StreamUpdate | None]:
+    """Read, detect, and draw with encoding, at the same time. The chunks lie in a folder of their own."""
+    folder = tempfile.mkdtemp(prefix="chunks-", dir=cache_folder())
+    handed_out = set()
+    try:
+        with Pipeline() as pipeline:
+            batches = pipeline.stage(read_batches(video))
+            detected = pipeline.stage(detect_batches(video, batches))
+            chunks = write_chunks(video, detected, conf_threshold, classes, folder)
+            for update in pipeline.stage(chunks, heartbeat):
+                handed_out.add(update and update.chunk)
+                yield update
+    finally:
+        for path in Path(folder).iterdir():
+            if str(path) not in handed_out:
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)  # if the caller has taken all chunks away
+
+
+@spaces.GPU(duration=60)
+def stream_object_detection(
+    video: str,
+    conf_threshold: float,
+    classes: Sequence[str] = (),
+    resolution: str = HALF,
+    heartbeat: bool = False,
+) -> Iterator[StreamUpdate | None]:
+    """Detect objects on a video and draw them, chunk by chunk.
+
+    Args:
+        video: Path of a video file.
+        conf_threshold: Objects with a score above this, 0 to 1, are drawn.
+        classes: Names of the classes to draw, from the checkpoint's `id2label`; none means all.
+        resolution: A key of `RESOLUTIONS`.
+        heartbeat: Yield something at least every half second: updates whose chunk is not finished, or None.
+
+    Yields:
+        `StreamUpdate`s. Their first item is the path of an mp4 file (H.264, sound as FLAC) of two seconds, the
+        last one shorter. It lies in Gradio's cache folder and is the caller's to remove.
+
+    Raises:
+        gr.Error: If the file is not a video that can be decoded.
+    """
+    detections: list[FrameDetections] = []
+    for update in run_pipeline(read_video_info(video, resolution), conf_threshold, classes, heartbeat):
+        if heartbeat:
+            yield update
+            continue
+        detections += update.detections
+        if update.chunk:
+            yield update._replace(detections=detections)
+            detections = []
+
+
+# ------------------------------------------------------------------------------------------------ results
+
+
+class Report:
+    """What has been found so far, as the page's table, plot and files show it."""
+
+    def __init__(self, video: VideoInfo, conf_threshold: float, classes: Sequence[str]):
+        self.video, self.conf_threshold, self.classes = video, conf_threshold, list(classes)
+        self.frames: list[FrameDetections] = []
+        self.source_size: tuple[int, int] | None = None
+        self.seconds = 0.0
+        self.started = time.monotonic()
+
+    def add(self, update: StreamUpdate) -> None:
+        self.frames += update.detections
+        self.seconds, self.source_size = update.seconds, update.source_size
+
+    def status(self, ended: str = "") -> str:
+        """One line for the page."""
+        elapsed = time.monotonic() - self.started
+        total = self.video.duration_seconds
+        model = f"{model_name()} on {DETECTOR.device.type}"
+        speed = self.seconds / elapsed if elapsed else 0.0
+        if ended:
+            objects = sum(len(frame.labels) for frame in self.frames)
+            return (
+                f"{ended}: {self.seconds:.1f} s of video in {elapsed:.1f} s ({speed:.1f}× real time), "
+                f"{objects:,} detections on {len(self.frames):,} frames · {model}"
+            )
+        if not self.seconds:
+            return f"Analysing the first frames… {elapsed:.0f} s · {model}"
+        left = max(0.0, total - self.seconds) / speed
+        return (
+            f"{self.seconds:.1f} of {total:.1f} s ({min(1, self.seconds / total):.0%}) · "
+            f"{speed:.1f}× real time · {left:.0f} s left · {model}"
+        )
+
+    def table(self) -> list[list]:
+        """A row for each class: how many at most at one moment, the first and the last second seen."""
+        rows: dict[str, list] = {}
+        for frame in self.frames:
+            for label, count in Counter(frame.labels).items():
+                row = rows.setdefault(label, [label, 0, round(frame.pts_seconds, 1), 0.0])
+                row[1] = max(row[1], count)
+                row[3] = round(frame.pts_seconds, 1)
+        return sorted(rows.values(), key=lambda row: (-row[1], row[0]))
+
+    def counts(self) -> pd.DataFrame:
+        """How many of each class there are at most in each second, or in more for long videos."""
+        step = max(1, math.ceil(self.video.duration_seconds / 200))
+        seconds = sorted({int(frame.pts_seconds) // step * step for frame in self.frames})
+        counts = {(second, label): 0 for second in seconds for label, *_ in self.table()}
+        for frame in self.frames:
+            second = int(frame.pts_seconds) // step * step
+            for label, count in Counter(frame.labels).items():
+                counts[second, label] = max(counts[second, label], count)
+        rows = [(second, label, count) for (second, label), count in counts.items()]
+        return pd.DataFrame(rows, columns=["second", "class", "count"])
+
+    def as_dict(self) -> dict:
+        """What the JSON file holds; README.md describes it."""
+        width, height = self.source_size or (None, None)
+        return {
+            "model": model_name(),
+            "threshold": self.conf_threshold,
+            "classes": self.classes,
+            "video": {
+                "width": width,
+                "height": height,
+                "fps": float(self.video.fps),
+                "duration_seconds": round(self.video.duration_seconds, 3),
+            },
+            "detections": [
+                {
+                    "time_seconds": round(frame.pts_seconds, 3),
+                    "frame": frame.frame,
+                    "label": label,
+                    "score": score,
+                    "box": box,
+                }
+                for frame in self.frames
+                for label, score, box in zip(frame.labels, frame.scores, frame.boxes, strict=True)
+            ],
+        }
+
+    def save(self, folder: str) -> list[str]:
+        """Write the detections as CSV and JSON, and return the paths."""
+        content = self.as_dict()
+        csv_path, json_path = (os.path.join(folder, f"detections.{kind}") for kind in ("csv", "json"))
+        with open(csv_path, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["time_seconds", "frame", "label", "score", "x1", "y1", "x2", "y2"])
+            for found in content["detections"]:
+                writer.writerow([*list(found.values())[:4], *found["box"]])
+        with open(json_path, "w", encoding="utf-8") as file:
+            json.dump(content, file, ensure_ascii=False)
+        demo.upload_file_set.update((csv_path, json_path))
+        return [csv_path, json_path]
+
+
+def model_name() -> str:
+    """The model's id on the Hub, or the name of its folder."""
+    return Path(DETECTOR.source).name if os.path.exists(DETECTOR.source) else DETECTOR.source
+
+
+def results_folder() -> str:
+    """A new folder for files that a visitor may fetch; Gradio removes what is in it with the uploads."""
+    return tempfile.mkdtemp(prefix="results-", dir=cache_folder())
+
+
+def join_chunks(chunks: Sequence[str], path: str) -> None:
+    """Join mp4 chunks into one file: the pictures as they are, the sound as AAC, which every player knows."""
+    listing = f"{path}.txt"
+    with open(listing, "w", encoding="utf-8") as file:
+        file.writelines(f"file '{chunk}'\n" for chunk in chunks)
+    command = ["ffmpeg", "-v", "error", "-nostdin", "-y", "-f", "concat", "-safe", "0", "-i", listing]
+    subprocess.run([*command, "-c:v", "copy", "-c:a", "aac", "-movflags", "+faststart", path], check=True)
+    os.remove(listing)
+
+
+# --------------------------------------------------------------------------------------------------- page
+
+
+class Run:
+    """A stream that a visitor watches: asked to stop by setting one event, and gone when the other is set."""
+
+    def __init__(self):
+        self.stopped, self.gone = threading.Event(), threading.Event()
+
+
+RUNS: dict[str, Run] = {}  # a cache of what is alive: each session's one run
+
+
+@contextlib.contextmanager
+def only_run_of(session: str) -> Iterator[Run]:
+    """A run that has taken the place of the session's last one."""
+    run = Run()
+    previous, RUNS[session] = RUNS.get(session), run
+    try:
+        if previous:
+            previous.stopped.set()
+            previous.gone.wait(timeout=10)
+        yield run
+    finally:
+        run.gone.set()
+        if RUNS.get(session) is run:
+            del RUNS[session]
+
+
+def stop_run(request: gr.Request) -> None:
+    """End the stream that the visitor watches. What has been streamed stays."""
+    if run := RUNS.get(request.session_hash):
+        run.stopped.set()
+        run.gone.wait(timeout=10)
+
+
+def updates_of(video: VideoInfo, conf_threshold: float, classes: Sequence[str]) -> Iterator[StreamUpdate | None]:
+    """The stream with a heartbeat. A chunk is there until the next step.
+
+    No GPU is asked for when the model has nothing left to do.
+    """
+    store = DetectionStore(video)
+    demo.upload_file_set.add(store.path)  # so that it is removed when Gradio removes uploads
+    if store.is_complete:
+        updates = run_pipeline(video, conf_threshold, classes, heartbeat=True)
+    else:
+        updates = stream_object_detection(video.path, conf_threshold, classes, video.resolution, heartbeat=True)
+    folder = None
+    try:
+        for update in updates:
+            if update and update.chunk:
+                folder = os.path.dirname(update.chunk)
+            yield update
+            if update and update.chunk:
+                Path(update.chunk).unlink(missing_ok=True)
+    finally:
+        updates.close()
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def stream_to_page(
+    video: str | None, conf_threshold: float, classes: list[str], resolution: str, request: gr.Request
+) -> Iterator[tuple]:
+    """Detect objects on a video and watch them: the annotated video as an HLS stream, chunk by chunk.
+
+    Args:
+        video: A video file.
+        conf_threshold: Objects with a score above this, 0 to 1, are drawn.
+        classes: Names of the classes to draw; none means all.
+        resolution: "Half (fast)" (half the size, every second frame) or "Full".
+    """
+    with only_run_of(request.session_hash) as run:
+        # A slider that is dragged asks for a run at each step: only the one that it rests on is begun.
+        if run.stopped.wait(SETTLE_SECONDS):
+            return
+        if video is None:
+            yield gr.update(value=None), WELCOME, None, None, gr.update(value=None, visible=False)
+            return
+        try:
+            info = read_video_info(video, resolution)
+            report = Report(info, conf_threshold, classes)
+            yield gr.skip(), report.status(), None, None, gr.update(value=None, visible=False)
+            with contextlib.closing(updates_of(info, conf_threshold, classes)) as updates:
+                for update in updates:
+                    if run.stopped.is_set():
+                        break
+                    if update:
+                        report.add(update)
+                    if update and update.chunk:
+                        yield update.chunk, report.status(), report.table(), report.counts(), gr.skip()
+                    else:
+                        yield gr.skip(), report.status(), gr.skip(), gr.skip(), gr.skip()
+        except gr.Error as error:
+            yield gr.skip(), error.message, gr.skip(), gr.skip(), gr.skip()
+            raise
+        ended = "Stopped" if run.stopped.is_set() else "Done"
+        files = gr.update(value=report.save(results_folder()), visible=True)
+        yield gr.skip(), report.status(ended), report.table(), report.counts(), files
+
+
+def detect_video(
+    video: str,
+    conf_threshold: float,
+    classes: list[str],
+    resolution: str,
+    progress=gr.Progress(),  # noqa: B008
+) -> tuple[str, dict]:
+    """Detect objects on a whole video, for programs.
+
+    Args:
+        video: A video file.
+        conf_threshold: Objects with a score above this, 0 to 1, are drawn and returned.
+        classes: Names of the classes to find; none means all.
+        resolution: "Half (fast)" (half the size, every second frame) or "Full".
+
+    Returns:
+        The annotated video as one mp4 file with sound, and the detections, as README.md describes them.
+    """
+    info = read_video_info(video, resolution)
+    report = Report(info, conf_threshold, classes)
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+        chunks = []
+        for update in updates_of(info, conf_threshold, classes):
+            if update:
+                report.add(update)
+                if update.chunk:
+                    chunks.append(shutil.move(update.chunk, folder))
+            progress(min(1.0, report.seconds / info.duration_seconds), desc=report.status())
+        path = os.path.join(results_folder(), "annotated.mp4")
+        join_chunks(chunks, path)
+    demo.upload_file_set.add(path)
+    return path, report.as_dict()
+
+
+WEBCAM = gr.WebcamOptions(constraints={"video": {"width": {"ideal": 1280}, "height": {"ideal": 720}}})
+WELCOME = "Upload a video, record one, or click on an example."
+CSS = """
+#source video { max-height: clamp(180px, 28vw, 430px); object-fit: contain; }
+"""
+
+
+def build_page() -> gr.Blocks:
+    name = model_name()
+    link = name if os.path.exists(DETECTOR.source) else f"[{name}](https://huggingface.co/{name})"
+    with gr.Blocks(title="Video object detection with RT-DETR", delete_cache=(3600, 86400)) as page:
+        gr.Markdown(f"# Video object detection with {link}\nUpload a video and watch what RT-DETR finds on it.")
+        if MODEL_NOTE:
+            gr.Markdown(MODEL_NOTE)
+        with gr.Row():
+            with gr.Column():
+                source = gr.Video(label="Video source", include_audio=True, webcam_options=WEBCAM, elem_id="source")
+                conf_threshold = gr.Slider(0, 1, value=0.30, step=0.05, label="Confidence threshold")
+                classes = gr.Dropdown(
+                    list(DETECTOR.id2label.values()), multiselect=True, label="Classes", info="None means all."
+                )
+                resolution = gr.Radio(list(RESOLUTIONS), value=HALF, label="Size and frame rate")
+            with gr.Column():
+                processed = gr.Video(
+                    label="Processed video",
+                    streaming=True,
+                    autoplay=True,
+                    height="clamp(220px, 32vw, 480px)",  # from the start, so that nothing jumps
+                    elem_id="processed",
+                )
+                status = gr.Markdown(WELCOME, elem_id="status")
+                stop = gr.Button("Stop")
+                table = gr.Dataframe(
+                    headers=["Class", "Most at once", "First (s)", "Last (s)"],
+                    label="What was seen",
+                    interactive=False,
+                    elem_id="table",
+                )
+                plot = gr.LinePlot(
+                    x="second",
+                    y="count",
+                    color="class",
+                    color_map={label: label_color(label) for label in DETECTOR.id2label.values()},
+                    show_label=False,
+                    x_title="Seconds",
+                    y_title="Most at once",
+                    height=240,
+                )
+                files = gr.File(
+                    label="Detections as CSV and JSON", file_count="multiple", visible=False, elem_id="files"
+                )
+        gr.Examples(sorted(map(str, EXAMPLES.glob("*.mp4"))), inputs=source)
+
+        settings = [source, conf_threshold, classes, resolution]
+        # The old stream is ended first, outside the queue, and the new one starts with the latest settings.
+        gr.on(
+            [source.change, conf_threshold.change, classes.change, resolution.change],
+            stop_run,
+            queue=False,
+            show_progress="hidden",
+            trigger_mode="multiple",
+            api_visibility="private",
+        ).then(
+            stream_to_page,
+            settings,
+            [processed, status, table, plot, files],
+            trigger_mode="multiple",
+            concurrency_limit=VISITORS_AT_ONCE,
+            show_progress_on=[processed],
+            api_name="stream_object_detection",
+        )
+        stop.click(stop_run, queue=False, show_progress="hidden", api_visibility="private")
+        gr.Button(visible=False).click(
+            detect_video,
+            settings,
+            [gr.Video(visible=False), gr.JSON(visible=False)],
+            concurrency_limit=VISITORS_AT_ONCE,
+            api_name="detect_video",
+        )
+    return page
+
+
+demo = build_page()
+
+if __name__ == "__main__":
+    demo.launch(css=CSS)
