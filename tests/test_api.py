@@ -1,0 +1,73 @@
+"""The app as a server: what a program gets that calls it."""
+
+import re
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
+from videos import Kind, beep_onsets
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    return Client(server, verbose=False)
+
+
+def test_the_stream_can_be_called_by_name_and_is_as_long_as_the_video(client, tmp_path):
+    path = Kind("api", frames=123).make(tmp_path)
+    job = client.submit(handle_file(path), 0.3, api_name="/stream_object_detection")
+    job.result(timeout=60)
+    playlists = [Path(output[0]) for output in job.outputs() if isinstance(output[0], str)]
+    seconds = [float(value) for value in re.findall(r"#EXTINF:([\d.]+)", playlists[-1].read_text())]
+    assert sum(seconds) == pytest.approx(4.1, abs=0.25)  # the AAC encoder adds a few frames
+
+
+def test_a_file_that_is_not_a_video_gets_a_sentence_and_the_server_lives_on(client, tmp_path):
+    path = tmp_path / "notes.mp4"
+    path.write_text("not a video")
+    with pytest.raises(AppError, match="cannot be opened as a video"):
+        client.predict(handle_file(path), 0.3, api_name="/stream_object_detection")
+    good = Kind("good", frames=4).make(tmp_path)
+    assert client.predict(handle_file(good), 0.3, api_name="/stream_object_detection")
+
+
+def test_no_chunk_stays_on_disk_after_a_run(client, cache, tmp_path):
+    path = Kind("tidy", frames=70).make(tmp_path)
+    client.predict(handle_file(path), 0.3, api_name="/stream_object_detection")
+    assert not list(cache.glob("chunks-*"))
+
+
+def test_a_program_gets_the_whole_video_and_the_detections(client, tmp_path):
+    path = Kind("whole", frames=123, size=(320, 180)).make(tmp_path)
+    annotated, found = client.predict(handle_file(path), 0.0, [], "Half (fast)", api_name="/detect_video")
+    annotated = annotated["video"] if isinstance(annotated, dict) else annotated
+    with av.open(annotated) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 62
+    with av.open(annotated) as container:
+        samples = np.concatenate([frame.to_ndarray().T for frame in container.decode(audio=0)])
+        assert beep_onsets((samples * 32767).astype(np.int16), 48_000) == pytest.approx([0, 1, 2, 3, 4], abs=0.05)
+    assert found["video"] == {"width": 320, "height": 180, "fps": 30.0, "duration_seconds": 4.1}
+    assert {detection["frame"] for detection in found["detections"]} == set(range(0, 123, 2))
+
+
+def test_a_program_can_ask_for_every_frame_at_full_size_and_for_some_classes(client, tmp_path):
+    path = Kind("full", frames=10, size=(320, 180), audio=()).make(tmp_path)
+    annotated, found = client.predict(handle_file(path), 0.0, ["star"], "Full", api_name="/detect_video")
+    annotated = annotated["video"] if isinstance(annotated, dict) else annotated
+    with av.open(annotated) as container:
+        frames = list(container.decode(video=0))
+    assert len(frames) == 10
+    assert (frames[0].width, frames[0].height) == (320, 180)
+    assert {detection["label"] for detection in found["detections"]} == {"star"}
+
+
+def test_every_endpoint_has_a_name_and_says_what_it_does(client):
+    endpoints = client.view_api(return_format="dict")["named_endpoints"]
+    assert set(endpoints) == {"/stream_object_detection", "/detect_video"}
+    for endpoint in endpoints.values():
+        names = [parameter["parameter_name"] for parameter in endpoint["parameters"]]
+        assert names == ["video", "conf_threshold", "classes", "resolution"]
+        assert all(parameter["parameter_has_default"] for parameter in endpoint["parameters"][1:])

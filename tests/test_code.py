@@ -1,0 +1,103 @@
+"""What the repository says of itself: code style, what is installed, README.md, and what a Space reads."""
+
+import ast
+import re
+import subprocess
+import sys
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+
+import pytest
+from huggingface_hub import metadata_load
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from test_every_kind_of_video import KINDS
+from videos import Kind
+
+import app
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SPACE = metadata_load(ROOT / "README.md")
+CODE_BLOCKS = re.findall(r"^```\w+\n(.+?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def requirements(path: str) -> dict[str, Requirement]:
+    lines = [line.split("#")[0].strip() for line in (ROOT / path).read_text().splitlines()]
+    found = [Requirement(line) for line in lines if line and not line.startswith("-")]
+    return {canonicalize_name(requirement.name): requirement for requirement in found}
+
+
+@pytest.mark.parametrize("command", ["check", "format --diff"])
+def test_ruff_has_nothing_to_say(command):
+    ruff = [sys.executable, "-m", "ruff", *command.split(), "--no-cache", "."]
+    result = subprocess.run(ruff, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_package_that_the_app_imports_is_required_and_installed_in_that_range():
+    required = requirements("requirements.txt")
+    distributions = packages_distributions()
+    for file in ("app.py", "draw_boxes.py"):
+        for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                modules = [alias.name for alias in node.names]
+            else:
+                modules = [node.module] if isinstance(node, ast.ImportFrom) else []
+            for module in {module.split(".")[0] for module in modules}:
+                local = module in sys.stdlib_module_names or (ROOT / f"{module}.py").exists()
+                names = {canonicalize_name(name) for name in distributions.get(module, [])}
+                assert local or names & required.keys(), f"{file} imports {module}, which requirements.txt lacks"
+    for name, requirement in required.items():
+        assert requirement.specifier.contains(version(name)), f"{requirement} is not what is installed"
+
+
+def test_ci_runs_exactly_the_readmes_test_command():
+    (command,) = [block.strip() for block in CODE_BLOCKS if "pytest" in block]
+    assert command in (ROOT / ".ci/run").read_text().splitlines()
+
+
+def test_the_readme_starts_the_app_with_one_command():
+    assert "sh .ci/setup && .venv/bin/python app.py\n" in CODE_BLOCKS
+
+
+def test_the_setup_is_plain_sh():
+    subprocess.run(["sh", "-n", ".ci/setup"], cwd=ROOT, check=True)
+
+
+def test_a_space_finds_all_that_it_needs_in_the_readmes_block():
+    colors = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
+    assert SPACE["title"] and SPACE["emoji"] and {SPACE["colorFrom"], SPACE["colorTo"]} <= colors
+    assert (SPACE["sdk"], SPACE["license"], SPACE["pinned"]) == ("gradio", "apache-2.0", False)
+    assert (ROOT / SPACE["app_file"]).is_file()
+    assert len(SPACE["short_description"]) <= 60, "a Space's page cuts it off there"
+    assert SPACE["python_version"] in ("3.12.12", "3.10.13"), "ZeroGPU has no other"
+    assert SPACE["models"] == [app.DEFAULT_MODEL_ID]
+    assert [entry.split()[0] for entry in SPACE["preload_from_hub"]] == SPACE["models"]
+
+
+def test_the_tests_run_on_the_gradio_that_a_space_runs_on():
+    assert SPACE["sdk_version"] in requirements("requirements.txt")["gradio"].specifier
+    assert SPACE["sdk_version"] == version("gradio")
+
+
+def test_every_file_that_the_readme_names_exists():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", README)
+    names = re.findall(r"`((?:tests|examples|\.ci)/[^`\s*]+|[\w-]+\.(?:py|txt))`", README)
+    assert len(links) >= 4 and len(names) >= 10
+    missing = [name for name in {*links, *names} if name != "tests/output" and not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_the_readme_counts_the_kinds_of_files_right():
+    assert f"{len(KINDS)} kinds of files" in README
+
+
+def test_the_readmes_lines_for_programs_work(server, tmp_path):
+    (lines,) = [block for block in CODE_BLOCKS if "gradio_client" in block]
+    path = Kind("street", frames=20).make(tmp_path)
+    lines = lines.replace("http://127.0.0.1:7860", server).replace("street.mp4", str(path))
+    results = {}
+    exec(lines, results)
+    assert Path(results["annotated"]).suffix == ".mp4"
+    assert results["found"]["video"]["duration_seconds"] == pytest.approx(20 / 30, abs=0.001)

@@ -1,0 +1,168 @@
+"""Videos of every kind, made with ffmpeg so that each frame and each beep is known, and how to read them back.
+
+Each picture carries its own number in a grid of 4 x 4 black and white cells: a marker in the first row, which
+shows that the picture is neither turned nor mirrored, and twelve bits in the other three. The sound has a
+beep of 50 ms at every whole second.
+"""
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+import app
+
+MARKER = (1, 0, 1, 1)
+BEEP_SECONDS = 0.05
+BLACK, WHITE = 40, 215
+
+
+def ffmpeg(*args: object, stdin: bytes | None = None) -> None:
+    command = ["ffmpeg", "-v", "error", "-nostdin", "-y", *map(str, args)]
+    if stdin is not None:
+        command.remove("-nostdin")
+    subprocess.run(command, input=stdin, check=True)
+
+
+def numbered_picture(number: int, width: int, height: int) -> np.ndarray:
+    """Gray picture (height, width) uint8 that says its number."""
+    bits = MARKER + tuple(number >> bit & 1 for bit in range(12))
+    grid = np.where(np.array(bits).reshape(4, 4), WHITE, BLACK).astype(np.uint8)
+    rows = np.arange(height) * 4 // height
+    columns = np.arange(width) * 4 // width
+    return grid[rows][:, columns]
+
+
+def read_number(picture: np.ndarray) -> int:
+    """The number that a gray picture says; fails if the picture is turned, mirrored or cropped."""
+    height, width = picture.shape
+    centers = [[picture[h : h + 2, w : w + 2].mean() for w in _centers(width)] for h in _centers(height)]
+    bits = (np.array(centers) > 128).flatten().astype(int)
+    assert tuple(bits[:4]) == MARKER, f"the marker is not where it should be: {bits.reshape(4, 4)}"
+    return sum(int(bit) << place for place, bit in enumerate(bits[4:]))
+
+
+def _centers(length: int) -> list[int]:
+    return [max(0, round(length * (2 * cell + 1) / 8) - 1) for cell in range(4)]
+
+
+def beeps(seconds: float, rate: int = 48_000) -> np.ndarray:
+    """Mono int16: a beep of 1 kHz at every whole second."""
+    time = np.arange(round(seconds * rate)) / rate
+    wave = np.sin(2 * np.pi * 1000 * time) * 12_000
+    return np.where(time % 1 < BEEP_SECONDS, wave, 0).astype("<i2")
+
+
+def beep_onsets(samples: np.ndarray, rate: int) -> list[float]:
+    """Seconds at which beeps start in int16 (samples,) or (samples, 2)."""
+    loud = np.abs(samples.astype(int)).reshape(len(samples), -1).max(axis=1) > 3_000
+    places = np.flatnonzero(loud)
+    starts = places[np.diff(places, prepend=-rate) > rate // 4]
+    return (starts / rate).tolist()
+
+
+@dataclass
+class Kind:
+    """One kind of video: how ffmpeg makes it, and what is to be expected of it.
+
+    `video` and `audio` are ffmpeg's output options; without `audio` there is no sound. `times`, if given, are
+    the seconds at which the frames are shown, else the rate is constant. `expected_fps` is the source's.
+    """
+
+    name: str
+    suffix: str = "mp4"
+    rate: Fraction = Fraction(30)
+    frames: int = 95
+    size: tuple[int, int] = (160, 96)
+    video: Sequence[object] = ("-c:v", "libx264", "-pix_fmt", "yuv420p")
+    audio: Sequence[object] = ("-c:a", "aac")
+    audio_seconds: float | None = None  # as long as the video
+    audio_filter: str = "anull"
+    times: Sequence[float] | None = None
+    last_seconds: float | None = None  # how long the last frame is shown
+    muxer: Sequence[object] = ()
+    output_size: tuple[int, int] | None = None
+    beep_shift: float = 0.0  # how much later the sound starts than the picture
+    first_beep: float = 0.0  # some codecs swallow the first one
+    after: Sequence[object] = field(default=())  # a second pass over the finished file, copying
+
+    @property
+    def shown_at(self) -> list[float]:
+        if self.times is not None:
+            return list(self.times)
+        return [float(n / self.rate) for n in range(self.frames)]
+
+    @property
+    def seconds(self) -> float:
+        return self.shown_at[-1] + (self.last_seconds or float(1 / self.rate))
+
+    def make(self, folder: Path) -> Path:
+        width, height = self.size
+        times = self.shown_at
+        raw, sound = folder / f"{self.name}.raw", folder / f"{self.name}.wav"
+        path = folder / f"{self.name}.{self.suffix}"
+        raw.write_bytes(b"".join(numbered_picture(n, width, height).tobytes() for n in range(len(times))))
+        inputs = ["-f", "rawvideo", "-pix_fmt", "gray", "-s", f"{width}x{height}", "-r", self.rate, "-i", raw]
+        filters = "format=yuv420p"
+        if self.times is not None:
+            # Whole milliseconds; a sum of steps, since ffmpeg has no look-up table.
+            table = "+".join(f"gte(N,{n})*{round((times[n] - times[n - 1]) * 1000)}" for n in range(1, len(times)))
+            filters += f",settb=1/1000,setpts='{table or 0}'"
+            inputs += []
+        outputs = ["-map", "0:v", "-vf", filters, *self.video]
+        if self.times is not None:
+            outputs += ["-fps_mode", "passthrough", "-enc_time_base", "1:1000"]
+        if self.audio:
+            seconds = self.seconds if self.audio_seconds is None else self.audio_seconds
+            ffmpeg("-f", "s16le", "-ar", 48000, "-ac", 1, "-i", "-", sound, stdin=beeps(seconds).tobytes())
+            inputs += ["-i", sound]
+            outputs += ["-map", "1:a", "-af", self.audio_filter, *self.audio]
+        made = folder / f"{self.name}-made.{self.suffix}" if self.after else path
+        ffmpeg(*inputs, *outputs, *self.muxer, made)
+        if self.after:
+            ffmpeg(*(made if a == "IN" else a for a in self.after), path)
+            made.unlink()
+        raw.unlink()
+        sound.unlink(missing_ok=True)
+        return path
+
+
+@dataclass
+class Output:
+    """What chunks say when they are played one after the other."""
+
+    pictures: list[np.ndarray]  # gray, (H, W) uint8
+    fps: Fraction
+    seconds: float
+    audio: np.ndarray  # int16 (samples, 2); no samples where there is no sound
+
+
+def read_chunks(paths: Sequence[str | Path]) -> Output:
+    """Decode chunks, and check what has to be true of each."""
+    pictures, audio, rates, seconds = [], [], set(), 0.0
+    for path in paths:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            context = stream.codec_context
+            assert (context.name, context.pix_fmt) == ("h264", "yuv420p")
+            assert context.width % 2 == 0 and context.height % 2 == 0
+            assert next(container.demux(stream)).is_keyframe
+            rates.add(stream.average_rate)
+            seconds += float(stream.duration * stream.time_base)
+        with av.open(str(path)) as container:
+            pictures += [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
+        with av.open(str(path)) as container:
+            if container.streams.audio:
+                audio += [frame.to_ndarray().reshape(-1, 2) for frame in container.decode(audio=0)]
+    assert len(rates) == 1, f"the rate changes between chunks: {rates}"
+    sound = np.concatenate(audio) if audio else np.zeros((0, 2), np.int16)
+    return Output(pictures, rates.pop(), seconds, sound)
+
+
+def play(path: Path, conf_threshold: float = 1.0, **settings: object) -> Output:
+    """What the generator makes of a video; by default without any box, so that the pictures can be read."""
+    return read_chunks([update[0] for update in app.stream_object_detection(str(path), conf_threshold, **settings)])
