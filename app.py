@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import queue
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -283,11 +284,20 @@ def read_video_info(path: str, resolution: str = HALF) -> VideoInfo:
             start_seconds=float(start * time_base),
             stream_start_seconds=float((stream.start_time or 0) * time_base),
             duration_seconds=float(duration),
-            promised_seconds=float((stream.duration or 0) * time_base),
+            promised_seconds=promised_seconds(stream, float(start * time_base)),
             width=stream.codec_context.width,
             sample_aspect_ratio=stream.sample_aspect_ratio or Fraction(1),
             has_audio=bool(container.streams.audio),
         )
+
+
+def promised_seconds(stream: av.VideoStream, start_seconds: float) -> float:
+    """The duration of a track by the file's header, or 0; Matroska has it as a tag, such as 00:00:07.300."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    tag = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
+    hours, minutes, seconds = map(float, tag.groups()) if tag else (0.0, 0.0, 0.0)
+    return max(0.0, hours * 3600 + minutes * 60 + seconds - start_seconds)
 
 
 def frame_rate(pts: np.ndarray, time_base: Fraction, average_rate: Fraction | None) -> Fraction:
@@ -713,7 +723,7 @@ class Pipeline:
         """Run `items` in the background, one result ahead; with a heartbeat, None comes while there is none."""
         results: queue.Queue = queue.Queue(1)
 
-        def put(item: T | None, end: Exception | None = None) -> None:
+        def put(item: T | None, end: BaseException | None = None) -> None:
             while not self._closed.is_set():
                 with contextlib.suppress(queue.Full):
                     return results.put((item, end), timeout=0.1)
@@ -725,7 +735,7 @@ class Pipeline:
                     for item in items:
                         put(item)
                     put(None, StopIteration())
-                except Exception as error:
+                except BaseException as error:  # whatever it is: the next stage must not wait for ever
                     put(None, error)
 
         def take() -> Iterator[T | None]:
