@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import csv
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -30,6 +31,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -55,8 +57,8 @@ log = logging.getLogger("rt-detr-stream")
 # ----------------------------------------------------------------------------------------------- settings
 
 DEFAULT_MODEL_ID = "PekingU/rtdetr_r50vd"
-SHIPPED_MODEL = Path(__file__).parent / "examples" / "shapes-rtdetr"
 EXAMPLES = Path(__file__).parent / "examples"
+SHIPPED_MODEL = EXAMPLES / "shapes-rtdetr"
 
 # How much of the source is shown: the scale of width and height, and one frame of how many.
 RESOLUTIONS = {"Half (fast)": (Fraction(1, 2), 2), "Full": (Fraction(1), 1)}
@@ -67,9 +69,20 @@ CHUNK_SECONDS = 2  # of output, in each mp4 that is streamed
 # slower, show how far the work is, and end soon when the viewer has gone.
 BATCH_FRAMES = {"cpu": 4, "mps": 16, "cuda": 60}
 BATCH_BYTES = 128 << 20  # of decoded frames
-VISITORS_AT_ONCE = 4  # streams; who comes later waits and sees the place in the queue
+# What the model calculates in; the default is float16 on CUDA, and bfloat16 where the CPU has instructions for it.
+PRECISION = os.environ.get("PRECISION", "")
+
+ON_ZEROGPU = spaces.config.Config.zero_gpu
+VISITORS_AT_ONCE = 32 if ON_ZEROGPU else 4  # streams; who comes later waits and sees the place in the queue
+GPU_SECONDS = 60  # of a ZeroGPU for one call, at most: asking for more than a visitor's quota is refused
+GPU_RESERVE_SECONDS = 4  # of them, to end the last chunk in
 SETTLE_SECONDS = 0.15  # without another change of the settings, before a run begins
 HEARTBEAT_SECONDS = 0.5  # at least this often the page hears from a run, and a run from the page
+
+MAX_UPLOAD = "2gb"
+MAX_PIXELS = 8192 * 4320  # of a frame
+MAX_HOURS = 4  # of video
+MAX_FRAMES = 1_000_000
 MAX_SOURCE_FPS = 480  # what a file claims or measures above this is a broken clock
 AUDIO_RATE = 48_000  # samples per second of the sound in the chunks, stereo
 AUDIO_JUMP_SECONDS = 0.02  # a timestamp this far off the running count of samples is a real gap
@@ -110,23 +123,35 @@ class Detector:
         self.device = torch.device(
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         )
+        self.dtype = getattr(torch, PRECISION) if PRECISION else fastest_dtype(self.device)
         # Tells this checkpoint on this device from any other, so that no answer is taken for another's. Worked
         # out before the weights move: ZeroGPU has no CUDA to calculate with at start-up.
         weights = [parameter.double().sum().item() for parameter in model.parameters()]
-        self.fingerprint = f"{config.to_json_string()}{processor}{self.device}{weights}"
-        self.model = model.eval().to(self.device)
+        self.fingerprint = f"{config.to_json_string()}{processor}{self.device}{self.dtype}{weights}"
+        self.model = model.eval().to(memory_format=torch.channels_last).to(self.device)
         self._turn = threading.Lock()  # several visitors share the model, a batch each in turn
         self.id2label: dict[int, str] = config.id2label
         self.input_size = (processor.size["height"], processor.size["width"])
         self.rescale_factor = processor.rescale_factor if processor.do_rescale else 1.0
         self.normalize = (processor.image_mean, processor.image_std) if processor.do_normalize else None
 
-    @torch.inference_mode()
     def __call__(self, frames: list[np.ndarray]) -> list[Found]:
-        """Detect objects on `frames`, uint8 (H, W, 3) BGR of one size, in one forward pass."""
-        batch = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
-        with self._turn:
-            outputs = self.model(pixel_values=self._preprocess(batch))
+        """Detect objects on `frames`, uint8 (H, W, 3) BGR of one size, in one forward pass if memory allows it."""
+        try:
+            return self._forward_pass(frames)
+        except torch.OutOfMemoryError:
+            if len(frames) == 1:
+                raise
+        torch.cuda.empty_cache()
+        half = len(frames) // 2
+        return self(frames[:half]) + self(frames[half:])
+
+    @torch.inference_mode()
+    def _forward_pass(self, frames: list[np.ndarray]) -> list[Found]:
+        pixels = self._preprocess(frames)
+        reduced = self.dtype != torch.float32
+        with self._turn, torch.autocast(self.device.type, self.dtype, enabled=reduced):
+            outputs = self.model(pixel_values=pixels)
         # The official `post_process_object_detection` with threshold 0, but with one transfer a batch.
         scores = outputs.logits.float().sigmoid()
         queries, classes = scores.shape[1:]
@@ -137,19 +162,30 @@ class Detector:
         labels = index % classes
         return list(torch.cat((boxes, scores.unsqueeze(-1), labels.unsqueeze(-1)), dim=-1).cpu().numpy())
 
-    def _preprocess(self, batch: torch.Tensor) -> torch.Tensor:
-        """Resize and rescale as the official processor does; BGR uint8 NCHW in, RGB float32 NCHW out.
+    def _preprocess(self, frames: list[np.ndarray]) -> torch.Tensor:
+        """Resize and rescale as the official processor does: BGR uint8 HWC in, RGB float32 NCHW on the device out.
 
         On uint8 the antialiased bilinear resize gives PIL's very bytes, but exists only on the CPU.
         """
+        rgb = np.stack([cv2.cvtColor(frame, cv2.COLOR_BGR2RGB) for frame in frames])
+        batch = torch.from_numpy(rgb).permute(0, 3, 1, 2)
         if self.device.type == "cuda":
-            batch = batch.to(self.device).float()
+            batch = batch.pin_memory().to(self.device, non_blocking=True).float()
         batch = F.interpolate(batch, self.input_size, mode="bilinear", antialias=True)
-        batch = batch.to(self.device).flip(1).float() * self.rescale_factor
+        batch = batch.to(self.device).float().mul_(self.rescale_factor)
         if self.normalize:
             mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in self.normalize)
             batch = (batch - mean) / std
         return batch
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """What `device` calculates fastest in, of what finds the same objects."""
+    if device.type == "cuda":
+        return torch.float16
+    cpu_info = Path("/proc/cpuinfo")
+    has_bfloat16 = device.type == "cpu" and cpu_info.exists() and "avx512_bf16" in cpu_info.read_text()
+    return torch.bfloat16 if has_bfloat16 else torch.float32
 
 
 def load_detector() -> tuple[Detector, str]:
@@ -211,6 +247,7 @@ class VideoInfo:
     duration_seconds: float
     promised_seconds: float  # the duration that the header gives, or 0
     width: int  # of the coded picture, before rotation
+    height: int
     sample_aspect_ratio: Fraction  # width of a coded pixel by its height
     has_audio: bool
 
@@ -238,6 +275,9 @@ def find_video_stream(container: av.container.InputContainer) -> av.VideoStream 
     return next((s for s in container.streams.video if not s.disposition & cover), None)
 
 
+TOO_MUCH = "Too much for this app"
+
+
 def read_video_info(path: str, resolution: str = HALF) -> VideoInfo:
     """Read a video's clock. Raises `gr.Error`, with a sentence for the page, if it is not a video."""
     if not os.path.isfile(path) or os.path.getsize(path) == 0:
@@ -254,12 +294,18 @@ def read_video_info(path: str, resolution: str = HALF) -> VideoInfo:
         stream = find_video_stream(container)
         if stream is None:
             raise gr.Error("This file has no video track.", title="Not a video")
+        if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
+            raise gr.Error(
+                f"The pictures of this video have more than {MAX_PIXELS / 1e6:.0f} megapixels.", title=TOO_MUCH
+            )
         packets = []
         try:
             for packet in container.demux(stream):
                 tick = packet.dts if packet.pts is None else packet.pts
                 if packet.size and not packet.is_discard:
                     packets.append((tick, packet.duration or 0))
+                if len(packets) > MAX_FRAMES:
+                    raise gr.Error(f"This video has more than {MAX_FRAMES:,} frames.", title=TOO_MUCH)
         except av.FFmpegError as error:
             log.info("%s is damaged: %s", path, error)
         if not packets:
@@ -276,6 +322,8 @@ def read_video_info(path: str, resolution: str = HALF) -> VideoInfo:
         held = last_duration * time_base if last_tick == pts[-1] else 0
         start = int(pts[0])
         duration = (int(pts[-1]) - start) * time_base + max(held, 1 / fps)
+        if duration > MAX_HOURS * 3600:
+            raise gr.Error(f"This video is longer than {MAX_HOURS} hours.", title=TOO_MUCH)
         return VideoInfo(
             path=path,
             resolution=resolution,
@@ -286,6 +334,7 @@ def read_video_info(path: str, resolution: str = HALF) -> VideoInfo:
             duration_seconds=float(duration),
             promised_seconds=promised_seconds(stream, float(start * time_base)),
             width=stream.codec_context.width,
+            height=stream.codec_context.height,
             sample_aspect_ratio=stream.sample_aspect_ratio or Fraction(1),
             has_audio=bool(container.streams.audio),
         )
@@ -325,8 +374,21 @@ class Frame:
 
     image: np.ndarray
     source_size: tuple[int, int]  # width and height in the source, upright
+    slot: int  # the output frame that shows it first
     index: int  # in the source, from 0
     pts_seconds: float  # in the source, from its first frame
+
+
+class Place(NamedTuple):
+    """Where reading begins: with output frame `slot`, which shows the source's frame `index`."""
+
+    slot: int = 0
+    index: int = 0
+    pts_seconds: float = 0.0
+    size: tuple[int, int] | None = None  # of the output, where it is known already
+
+
+FIRST = Place()
 
 
 GrabbedFrame = tuple[float, Callable[[], np.ndarray]]  # its time in seconds, and how to get its BGR image
@@ -344,11 +406,13 @@ def opencv_frames(video: VideoInfo) -> Iterator[GrabbedFrame]:
         capture.release()
 
 
-def pyav_frames(video: VideoInfo) -> Iterator[GrabbedFrame]:
-    """The same with PyAV: it decodes AV1, and goes on after packets that OpenCV gives up on."""
+def pyav_frames(video: VideoInfo, seek_seconds: float | None = None) -> Iterator[GrabbedFrame]:
+    """The same with PyAV: it decodes AV1, goes on after packets that OpenCV gives up on, and can begin anywhere."""
     with open_container(video.path) as container:
         stream = find_video_stream(container)
         stream.thread_type = "AUTO"
+        if seek_seconds is not None:
+            container.seek(round((video.start_seconds + seek_seconds) / stream.time_base), stream=stream)
         for packet in container.demux(stream):
             try:
                 frames = packet.decode()
@@ -363,30 +427,39 @@ def pyav_frames(video: VideoInfo) -> Iterator[GrabbedFrame]:
                 yield (math.nan if frame.time is None else frame.time - video.start_seconds), retrieve
 
 
-READERS = (opencv_frames, pyav_frames)
+def frames_from(video: VideoInfo, seconds: float) -> Iterator[GrabbedFrame]:
+    """Frames from `seconds` or a little before, where the file can be searched, else from the first."""
+    frames = pyav_frames(video, seconds)
+    with contextlib.suppress(av.FFmpegError, TypeError):  # a bare stream has no time base
+        first = next(frames, None)
+        if first and first[0] <= seconds + 1e-3:
+            return itertools.chain([first], frames)
+    return pyav_frames(video)
 
 
-def read_frames(video: VideoInfo) -> Iterator[GrabbedFrame]:
+def read_frames(video: VideoInfo, start_seconds: float = 0.0) -> Iterator[GrabbedFrame]:
     """Every frame that can be decoded, with rising times: OpenCV's, then what only PyAV can read.
 
     A frame without a timestamp of its own, or with one that goes back, follows a frame's time after the last.
     """
     interval = float(1 / video.fps)
     last = -math.inf
-    for reader in READERS:
+    readers = [partial(frames_from, seconds=start_seconds)] if start_seconds else [opencv_frames, pyav_frames]
+    for reader in readers:
         resume_after = last
         for pts_seconds, retrieve in reader(video):
             if pts_seconds <= resume_after + interval / 4:
                 continue
             if not pts_seconds > last:
                 pts_seconds = max(last, -interval) + interval
-            yield pts_seconds, retrieve
             last = pts_seconds
+            if pts_seconds > start_seconds - interval / 4 or not start_seconds:
+                yield pts_seconds, retrieve
         if last > video.pts_seconds[-1] - interval / 2:
             break
 
 
-def sample_frames(video: VideoInfo) -> Iterator[Frame]:
+def sample_frames(video: VideoInfo, start: Place = FIRST) -> Iterator[Frame]:
     """The output's frames: output frame i is what the source shows at `i / output_fps` seconds.
 
     A frame that the source shows for longer comes again, as the same object. At a constant rate this is every
@@ -394,9 +467,9 @@ def sample_frames(video: VideoInfo) -> Iterator[Frame]:
     """
     # Half a source frame, so that rounded timestamps (WebM has whole milliseconds) do not pick a neighbour.
     tolerance = float(1 / (2 * video.fps))
-    slot, shown, last, size = 0, None, 0.0, None
+    slot, shown, last, size = start.slot, None, 0.0, start.size
 
-    for index, (pts_seconds, retrieve) in enumerate(read_frames(video)):
+    for index, (pts_seconds, retrieve) in enumerate(read_frames(video, start.pts_seconds), start.index):
         while shown and float(slot / video.output_fps) + tolerance < pts_seconds:
             yield shown
             slot += 1
@@ -407,7 +480,7 @@ def sample_frames(video: VideoInfo) -> Iterator[Frame]:
         image = retrieve()
         size = size or output_size(image, video)  # of the first frame, for all: some recordings change theirs
         resized = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-        shown = Frame(resized, image.shape[1::-1], index, max(0.0, pts_seconds))
+        shown = Frame(resized, image.shape[1::-1], slot, index, max(0.0, pts_seconds))
 
     if shown is None:
         raise gr.Error("No frame of this video can be decoded.", title="Not a video")
@@ -432,10 +505,10 @@ def output_size(image: np.ndarray, video: VideoInfo) -> tuple[int, int]:
     return tuple(max(2, 2 * round(side * video.scale / 2)) for side in (width, height))
 
 
-def read_batches(video: VideoInfo) -> Iterator[list[Frame]]:
+def read_batches(video: VideoInfo, start: Place = FIRST) -> Iterator[list[Frame]]:
     """The frames of each chunk in one batch, or in several where they are many or large."""
     batch: list[Frame] = []
-    for count, frame in enumerate(sample_frames(video), 1):
+    for count, frame in enumerate(sample_frames(video, start), start.slot + 1):
         batch.append(frame)
         full = len(batch) == BATCH_FRAMES[DETECTOR.device.type] or len(batch) * frame.image.nbytes > BATCH_BYTES
         if full or count % video.chunk_frames == 0:
@@ -482,6 +555,10 @@ class AudioReader:
         self._rest = np.zeros((0, 2), np.int16)
         self._taken = 0
 
+    def skip_until(self, seconds: Fraction) -> None:
+        while self._taken < round(seconds * AUDIO_RATE):  # second by second, whatever the length
+            self.take_until(min(seconds, Fraction(self._taken, AUDIO_RATE) + 1))
+
     def take_until(self, seconds: Fraction) -> np.ndarray:
         """The samples from where the last call ended up to `seconds`, int16 (samples, 2)."""
         count = round(seconds * AUDIO_RATE) - self._taken
@@ -509,40 +586,51 @@ class DetectionStore:
     Gradio's cache folder and is removed with the uploads.
     """
 
+    ALL = 2**31 - 1  # output frames: the video is known to its end
+
     def __init__(self, video: VideoInfo):
         file = os.stat(video.path)
         key = (video.path, file.st_size, file.st_mtime_ns, video.resolution, DETECTOR.fingerprint)
         name = hashlib.sha256(repr(key).encode()).hexdigest()[:32]
         self.path = os.path.join(cache_folder(), f"detections-{name}.sqlite")
+        self._database = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+        # No waiting for the disk: these are answers that can be worked out again.
+        self._database.execute("PRAGMA synchronous = OFF")
+        columns = "slot INTEGER PRIMARY KEY, number INTEGER, pts REAL, width INTEGER, height INTEGER, found BLOB"
+        self._database.execute(f"CREATE TABLE IF NOT EXISTS frames ({columns})")
 
-    def _connect(self) -> sqlite3.Connection:
-        # Autocommit, and no waiting for the disk: these are answers that can be worked out again.
-        database = sqlite3.connect(self.path, timeout=30, isolation_level=None)
-        database.execute("PRAGMA synchronous = OFF")
-        database.execute("CREATE TABLE IF NOT EXISTS frames (number INTEGER PRIMARY KEY, found BLOB)")
-        return database
+    def close(self) -> None:
+        self._database.close()
 
-    def load(self, numbers: Iterable[int]) -> dict[int, Found]:
-        """What is known of the frames with these numbers."""
-        with contextlib.closing(self._connect()) as database:
-            numbers = ",".join(map(str, numbers))
-            rows = database.execute(f"SELECT number, found FROM frames WHERE number IN ({numbers})").fetchall()
-        return {number: np.frombuffer(found, np.float32).reshape(-1, 6) for number, found in rows}
+    def load(self, slots: Iterable[int]) -> dict[int, Found]:
+        """What is known of the frames that these output frames are the first to show."""
+        slots = ",".join(map(str, slots))
+        rows = self._database.execute(f"SELECT slot, found FROM frames WHERE slot IN ({slots})").fetchall()
+        return {slot: np.frombuffer(found, np.float32).reshape(-1, 6) for slot, found in rows}
 
-    def save(self, found: dict[int, Found]) -> None:
-        with contextlib.closing(self._connect()) as database, database:
-            rows = [(number, rows.tobytes()) for number, rows in found.items()]
-            database.executemany("INSERT OR REPLACE INTO frames VALUES (?, ?)", rows)
+    def save(self, frames: Sequence[Frame], found: Sequence[Found]) -> None:
+        rows = [
+            (frame.slot, frame.index, frame.pts_seconds, *frame.image.shape[1::-1], rows.tobytes())
+            for frame, rows in zip(frames, found, strict=True)
+        ]
+        with self._database as database:
+            database.execute("BEGIN")
+            database.executemany("INSERT OR REPLACE INTO frames VALUES (?, ?, ?, ?, ?, ?)", rows)
 
     @property
-    def is_complete(self) -> bool:
-        """Whether every frame of the video is known."""
-        with contextlib.closing(self._connect()) as database:
-            return database.execute("PRAGMA user_version").fetchone()[0] == 1
+    def known(self) -> int:
+        """How many output frames are known from the first one on; `ALL` when none is missing."""
+        return self._database.execute("PRAGMA user_version").fetchone()[0]
 
-    def mark_complete(self) -> None:
-        with contextlib.closing(self._connect()) as database:
-            database.execute("PRAGMA user_version = 1")
+    def mark_known(self, slots: int) -> None:
+        if slots > self.known:
+            self._database.execute(f"PRAGMA user_version = {slots}")
+
+    def place(self, slot: int) -> Place:
+        """Where to go on reading for output frame `slot`, which may be the first one that is not known."""
+        query = "SELECT number, pts, width, height FROM frames WHERE slot <= ? ORDER BY slot DESC LIMIT 1"
+        row = slot and self._database.execute(query, (slot,)).fetchone()
+        return Place(slot, row[0], row[1], row[2:]) if row else FIRST
 
 
 def cache_folder() -> str:
@@ -554,19 +642,28 @@ def cache_folder() -> str:
 DetectedFrame = tuple[Frame, Found]
 
 
-def detect_batches(video: VideoInfo, batches: Iterable[list[Frame]]) -> Iterator[list[DetectedFrame]]:
-    """Each batch with what the model finds in it, or has found before."""
-    store = DetectionStore(video)
-    for batch in batches:
-        frames = {frame.index: frame for frame in batch}  # a frame that is shown for longer comes once
-        known = store.load(frames)
-        if new := [frame for index, frame in frames.items() if index not in known]:
-            found = DETECTOR([frame.image for frame in new])
-            found = dict(zip((frame.index for frame in new), found, strict=True))
-            store.save(found)
-            known |= found
-        yield [(frame, known[frame.index]) for frame in batch]
-    store.mark_complete()
+def detect_batches(
+    video: VideoInfo, batches: Iterable[list[Frame]], start: int = 0, deadline: float = math.inf
+) -> Iterator[list[DetectedFrame]]:
+    """Each batch with what the model finds in it, or has found before.
+
+    `deadline` is a time of `time.monotonic`, after which the model is not asked any more.
+    """
+    slots = start
+    with contextlib.closing(DetectionStore(video)) as store:
+        for batch in batches:
+            frames = {frame.slot: frame for frame in batch}  # a frame that is shown for longer comes once
+            known = store.load(frames)
+            if new := [frame for slot, frame in frames.items() if slot not in known]:
+                if time.monotonic() > deadline:
+                    return
+                found = DETECTOR([frame.image for frame in new])
+                store.save(new, found)
+                known |= zip((frame.slot for frame in new), found, strict=True)
+            slots += len(batch)
+            store.mark_known(slots)
+            yield [(frame, known[frame.slot]) for frame in batch]
+        store.mark_known(store.ALL)
 
 
 class FrameDetections(NamedTuple):
@@ -661,10 +758,14 @@ def write_chunks(
     conf_threshold: float,
     classes: Sequence[str],
     folder: str,
+    start: int = 0,
 ) -> Iterator[StreamUpdate]:
-    """Draw on the frames and write them as mp4 chunks of two seconds into `folder`."""
-    audio = AudioReader(video) if video.has_audio else None
-    writer, drawn, count = None, None, 0
+    """Draw on the frames, from output frame `start` on, and write them as mp4 chunks of two seconds into `folder`."""
+    writer, drawn, count = None, None, start
+    audio = None
+    if video.has_audio:
+        audio = AudioReader(video)
+        audio.skip_until(start / video.output_fps)
 
     def finish() -> str:
         if audio:
@@ -761,60 +862,132 @@ class Pipeline:
 
 
 def run_pipeline(
-    video: VideoInfo, conf_threshold: float, classes: Sequence[str], heartbeat: bool
-) -> Iterator[StreamUpdate | None]:
-    """Read, detect, and draw with encoding, at the same time. The chunks lie in a folder of their own."""
-    folder = tempfile.mkdtemp(prefix="chunks-", dir=cache_folder())
-    handed_out = set()
-    try:
-        with Pipeline() as pipeline:
-            batches = pipeline.stage(read_batches(video))
-            detected = pipeline.stage(detect_batches(video, batches))
-            chunks = write_chunks(video, detected, conf_threshold, classes, folder)
-            for update in pipeline.stage(chunks, heartbeat):
-                handed_out.add(update and update.chunk)
-                yield update
-    finally:
-        for path in Path(folder).iterdir():
-            if str(path) not in handed_out:
-                path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            os.rmdir(folder)  # if the caller has taken all chunks away
+    video: VideoInfo,
+    conf_threshold: float,
+    classes: Sequence[str],
+    folder: str,
+    start: int = 0,
+    deadline: float = math.inf,
+) -> Generator[StreamUpdate | None]:
+    """Read, detect, and draw with encoding, at the same time; the chunks are written into `folder`.
+
+    It begins with output frame `start` and ends where the model would have to be asked after `deadline`.
+    """
+    with contextlib.closing(DetectionStore(video)) as store:
+        place = store.place(start)
+    with Pipeline() as pipeline:
+        batches = pipeline.stage(read_batches(video, place))
+        detected = pipeline.stage(detect_batches(video, batches, place.slot, deadline))
+        yield from pipeline.stage(
+            write_chunks(video, detected, conf_threshold, classes, folder, place.slot), heartbeat=True
+        )
 
 
-@spaces.GPU(duration=60)
-def stream_object_detection(
-    video: str,
+class GpuPace:
+    """How many seconds of a GPU a video takes, learnt from those before it."""
+
+    def __init__(self):
+        self._factor = 1.0  # measured seconds by those of the first guess
+
+    @staticmethod
+    def _guess(video: VideoInfo, seconds: float) -> float:
+        """For the model 4 ms for each frame of the output, and 5 ms for each megapixel that is decoded."""
+        megapixels = video.width * video.height / 1e6
+        return seconds * float(0.004 * video.output_fps + 0.005 * megapixels * video.fps)
+
+    def learn(self, video: VideoInfo, seconds: float, took: float) -> None:
+        """`seconds` of `video` took `took` seconds."""
+        if guess := self._guess(video, seconds):
+            self._factor = (self._factor + took / guess) / 2
+
+    def estimate(self, video: VideoInfo, start: int) -> int:
+        """What to ask for from output frame `start` on, in whole seconds: half as much again as it should take."""
+        left = max(0.0, video.duration_seconds - float(start / video.output_fps))
+        needed = 1.5 * self._factor * self._guess(video, left)
+        return math.ceil(min(GPU_SECONDS, 2 * GPU_RESERVE_SECONDS + needed))
+
+
+GPU_PACE = GpuPace()
+
+
+def gpu_seconds(
+    video: str | VideoInfo,
     conf_threshold: float,
     classes: Sequence[str] = (),
     resolution: str = HALF,
-    heartbeat: bool = False,
-) -> Iterator[StreamUpdate | None]:
-    """Detect objects on a video and draw them, chunk by chunk.
+    start: int = 0,
+    budget: float | None = None,
+    **_: object,
+) -> float:
+    """How many seconds of a GPU `stream_object_detection` asks for when it is called like this."""
+    if budget is None:
+        video = video if isinstance(video, VideoInfo) else read_video_info(video, resolution)
+        budget = GPU_PACE.estimate(video, start)
+    return budget
 
-    Args:
-        video: Path of a video file.
-        conf_threshold: Objects with a score above this, 0 to 1, are drawn.
-        classes: Names of the classes to draw, from the checkpoint's `id2label`; none means all.
-        resolution: A key of `RESOLUTIONS`.
-        heartbeat: Yield something at least every half second: updates whose chunk is not finished, or None.
 
-    Yields:
-        `StreamUpdate`s. Their first item is the path of an mp4 file (H.264, sound as FLAC) of two seconds, the
-        last one shorter. It lies in Gradio's cache folder and is the caller's to remove.
-
-    Raises:
-        gr.Error: If the file is not a video that can be decoded.
-    """
+def only_chunks(updates: Iterable[StreamUpdate | None]) -> Iterator[StreamUpdate]:
+    """The same updates, joined so that each has a chunk."""
     detections: list[FrameDetections] = []
-    for update in run_pipeline(read_video_info(video, resolution), conf_threshold, classes, heartbeat):
-        if heartbeat:
-            yield update
-            continue
+    for update in filter(None, updates):
         detections += update.detections
         if update.chunk:
             yield update._replace(detections=detections)
             detections = []
+
+
+@spaces.GPU(duration=gpu_seconds)
+def stream_object_detection(
+    video: str | VideoInfo,
+    conf_threshold: float,
+    classes: Sequence[str] = (),
+    resolution: str = HALF,
+    heartbeat: bool = False,
+    start: int = 0,
+    budget: float | None = None,
+    folder: str | None = None,
+) -> Iterator[StreamUpdate | None]:
+    """Detect objects on a video and draw them, chunk by chunk.
+
+    Args:
+        video: Path of a video file, or what `read_video_info` says of it.
+        conf_threshold: Objects with a score above this, 0 to 1, are drawn.
+        classes: Names of the classes to draw, from the checkpoint's `id2label`; none means all.
+        resolution: A key of `RESOLUTIONS`, for a path.
+        heartbeat: Yield something at least every half second: updates whose chunk is not finished, or None.
+        start: Number of the output's frame to begin with. All before it must have been streamed once.
+        budget: Seconds after which the GPU is taken away. Shortly before, the stream ends with what is done; what
+            was found is kept. On ZeroGPU the default is what was asked for, elsewhere there is no limit.
+        folder: Where to write the chunks, by default into a new folder in Gradio's cache.
+
+    Yields:
+        `StreamUpdate`s. Their first item is the path of an mp4 file (H.264, sound as FLAC) of two seconds, the
+        last one shorter, and the caller's to remove.
+
+    Raises:
+        gr.Error: If the file is not a video that can be decoded.
+    """
+    began = time.monotonic()
+    video = video if isinstance(video, VideoInfo) else read_video_info(video, resolution)
+    if budget is None:
+        budget = gpu_seconds(video, conf_threshold, start=start) if ON_ZEROGPU else math.inf
+    own_folder = None if folder else tempfile.mkdtemp(prefix="chunks-", dir=cache_folder())
+    deadline = began + budget - GPU_RESERVE_SECONDS
+    updates = run_pipeline(video, conf_threshold, classes, folder or own_folder, start, deadline)
+    handed_out: set[str] = set()
+    try:
+        with contextlib.closing(updates):
+            for update in updates if heartbeat else only_chunks(updates):
+                if update and update.chunk:
+                    handed_out.add(update.chunk)
+                yield update
+    finally:
+        if own_folder:
+            for path in Path(own_folder).iterdir():
+                if str(path) not in handed_out:
+                    path.unlink()
+            with contextlib.suppress(OSError):
+                os.rmdir(own_folder)  # if the caller has taken all chunks away
 
 
 # ------------------------------------------------------------------------------------------------ results
@@ -829,10 +1002,20 @@ class Report:
         self.source_size: tuple[int, int] | None = None
         self.seconds = 0.0
         self.started = time.monotonic()
+        self._rows: dict[str, list] = {}  # of the table, by label
+        self._counts: dict[int, Counter] = {}  # most at once by label, for each stretch of the plot
 
     def add(self, update: StreamUpdate) -> None:
         self.frames += update.detections
         self.seconds, self.source_size = update.seconds, update.source_size
+        stretch = max(1, math.ceil(self.video.duration_seconds / 200))  # seconds
+        for frame in update.detections:
+            most = self._counts.setdefault(int(frame.pts_seconds) // stretch * stretch, Counter())
+            second = round(frame.pts_seconds, 1)
+            for label, count in Counter(frame.labels).items():
+                row = self._rows.setdefault(label, [label, 0, second, second])
+                row[1], row[3] = max(row[1], count), second
+                most[label] = max(most[label], count)
 
     def status(self, ended: str = "") -> str:
         """One line for the page."""
@@ -856,24 +1039,11 @@ class Report:
 
     def table(self) -> list[list]:
         """A row for each class: how many at most at one moment, the first and the last second seen."""
-        rows: dict[str, list] = {}
-        for frame in self.frames:
-            for label, count in Counter(frame.labels).items():
-                row = rows.setdefault(label, [label, 0, round(frame.pts_seconds, 1), 0.0])
-                row[1] = max(row[1], count)
-                row[3] = round(frame.pts_seconds, 1)
-        return sorted(rows.values(), key=lambda row: (-row[1], row[0]))
+        return sorted(self._rows.values(), key=lambda row: (-row[1], row[0]))
 
     def counts(self) -> pd.DataFrame:
         """How many of each class there are at most in each second, or in more for long videos."""
-        step = max(1, math.ceil(self.video.duration_seconds / 200))
-        seconds = sorted({int(frame.pts_seconds) // step * step for frame in self.frames})
-        counts = {(second, label): 0 for second in seconds for label, *_ in self.table()}
-        for frame in self.frames:
-            second = int(frame.pts_seconds) // step * step
-            for label, count in Counter(frame.labels).items():
-                counts[second, label] = max(counts[second, label], count)
-        rows = [(second, label, count) for (second, label), count in counts.items()]
+        rows = [(second, label, most[label]) for second, most in self._counts.items() for label, *_ in self.table()]
         return pd.DataFrame(rows, columns=["second", "class", "count"])
 
     def as_dict(self) -> dict:
@@ -883,6 +1053,7 @@ class Report:
             "model": model_name(),
             "threshold": self.conf_threshold,
             "classes": self.classes,
+            "analysed_seconds": round(self.seconds, 3),
             "video": {
                 "width": width,
                 "height": height,
@@ -902,10 +1073,10 @@ class Report:
             ],
         }
 
-    def save(self, folder: str) -> list[str]:
+    def save(self) -> list[str]:
         """Write the detections as CSV and JSON, and return the paths."""
         content = self.as_dict()
-        csv_path, json_path = (os.path.join(folder, f"detections.{kind}") for kind in ("csv", "json"))
+        csv_path, json_path = (new_result("detections", kind) for kind in ("csv", "json"))
         with open(csv_path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["time_seconds", "frame", "label", "score", "x1", "y1", "x2", "y2"])
@@ -913,7 +1084,6 @@ class Report:
                 writer.writerow([*list(found.values())[:4], *found["box"]])
         with open(json_path, "w", encoding="utf-8") as file:
             json.dump(content, file, ensure_ascii=False)
-        demo.upload_file_set.update((csv_path, json_path))
         return [csv_path, json_path]
 
 
@@ -922,9 +1092,11 @@ def model_name() -> str:
     return Path(DETECTOR.source).name if os.path.exists(DETECTOR.source) else DETECTOR.source
 
 
-def results_folder() -> str:
-    """A new folder for files that a visitor may fetch; Gradio removes what is in it with the uploads."""
-    return tempfile.mkdtemp(prefix="results-", dir=cache_folder())
+def new_result(name: str, kind: str) -> str:
+    """A path for a file that a visitor may fetch; Gradio removes it with the uploads."""
+    path = os.path.join(cache_folder(), f"{name}-{uuid.uuid4().hex[:12]}.{kind}")
+    demo.upload_file_set.add(path)
+    return path
 
 
 def join_chunks(chunks: Sequence[str], path: str) -> None:
@@ -973,29 +1145,64 @@ def stop_run(request: gr.Request) -> None:
         run.gone.wait(timeout=10)
 
 
-def updates_of(video: VideoInfo, conf_threshold: float, classes: Sequence[str]) -> Iterator[StreamUpdate | None]:
-    """The stream with a heartbeat. A chunk is there until the next step.
-
-    No GPU is asked for when the model has nothing left to do.
-    """
-    store = DetectionStore(video)
-    demo.upload_file_set.add(store.path)  # so that it is removed when Gradio removes uploads
-    if store.is_complete:
-        updates = run_pipeline(video, conf_threshold, classes, heartbeat=True)
-    else:
-        updates = stream_object_detection(video.path, conf_threshold, classes, video.resolution, heartbeat=True)
-    folder = None
-    try:
+def hand_out(updates: Generator[StreamUpdate | None]) -> Iterator[StreamUpdate | None]:
+    """The same updates; a chunk is there until the next step."""
+    with contextlib.closing(updates):
         for update in updates:
-            if update and update.chunk:
-                folder = os.path.dirname(update.chunk)
             yield update
             if update and update.chunk:
                 Path(update.chunk).unlink(missing_ok=True)
-    finally:
-        updates.close()
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+
+
+def updates_of(video: VideoInfo, conf_threshold: float, classes: Sequence[str]) -> Iterator[StreamUpdate | None]:
+    """The stream with a heartbeat. A chunk is there until the next step.
+
+    What is known already is streamed without a GPU, all of it or, where GPUs are rationed, the beginning.
+    """
+
+    def known() -> int:
+        with contextlib.closing(DetectionStore(video)) as store:
+            demo.upload_file_set.add(store.path)  # so that it is removed when Gradio removes uploads
+            return store.known
+
+    known_before, seconds = known(), 0.0
+    with tempfile.TemporaryDirectory(prefix="chunks-", dir=cache_folder(), ignore_cleanup_errors=True) as folder:
+        if known_before == DetectionStore.ALL or (known_before and ON_ZEROGPU):
+            for update in hand_out(run_pipeline(video, conf_threshold, classes, folder, deadline=-math.inf)):
+                seconds = update.seconds if update else seconds
+                yield update
+        if known_before == DetectionStore.ALL:
+            return
+
+        start, start_seconds = round(seconds * video.output_fps), seconds
+        budget = GPU_PACE.estimate(video, start) if ON_ZEROGPU else None
+        updates = stream_object_detection(
+            video, conf_threshold, classes, heartbeat=True, start=start, budget=budget, folder=folder
+        )
+        began = None
+        for update in hand_out(updates):
+            began = began or time.monotonic()  # a GPU may have been waited for until now
+            seconds = update.seconds if update else seconds
+            yield update
+        if began:
+            GPU_PACE.learn(video, seconds - start_seconds, time.monotonic() - began)
+        if known() < DetectionStore.ALL:
+            gr.Warning(
+                f"The GPU's time for one run is used up: this is the video up to second {seconds:.0f}. "
+                "What was found is kept. Press Start, and the run goes on from there."
+            )
+
+
+def sentence_for(error: Exception) -> gr.Error:
+    """What to tell a visitor; the log has the rest."""
+    if isinstance(error, gr.Error):
+        return error
+    log.error("a run failed", exc_info=error)
+    if isinstance(error, torch.OutOfMemoryError):
+        return gr.Error("The GPU is out of memory. Try again in a minute.", title="No memory left")
+    if isinstance(error, (OSError, sqlite3.Error, subprocess.CalledProcessError)):
+        return gr.Error("The server could not store the result. Its disk may be full.", title="No room left")
+    return gr.Error("Something went wrong on the server. Its log says what.", title="Error")
 
 
 def stream_to_page(
@@ -1016,6 +1223,7 @@ def stream_to_page(
         if video is None:
             yield gr.update(value=None), WELCOME, None, None, gr.update(value=None, visible=False)
             return
+        report, failure = None, None
         try:
             info = read_video_info(video, resolution)
             report = Report(info, conf_threshold, classes)
@@ -1030,11 +1238,20 @@ def stream_to_page(
                         yield update.chunk, report.status(), report.table(), report.counts(), gr.skip()
                     else:
                         yield gr.skip(), report.status(), gr.skip(), gr.skip(), gr.skip()
-        except gr.Error as error:
-            yield gr.skip(), error.message, gr.skip(), gr.skip(), gr.skip()
-            raise
+        except Exception as error:
+            failure = sentence_for(error)
+        if RUNS.get(request.session_hash) is not run:
+            return  # a newer one has taken the page over
+        files = gr.skip()
+        if report and report.frames:  # what has been found stays, also when something has failed since
+            try:
+                files = gr.update(value=report.save(), visible=True)
+            except OSError as error:
+                failure = failure or sentence_for(error)
+        if failure:
+            yield gr.skip(), failure.message, gr.skip(), gr.skip(), files
+            raise failure
         ended = "Stopped" if run.stopped.is_set() else "Done"
-        files = gr.update(value=report.save(results_folder()), visible=True)
         yield gr.skip(), report.status(ended), report.table(), report.counts(), files
 
 
@@ -1044,7 +1261,7 @@ def detect_video(
     classes: list[str],
     resolution: str,
     progress=gr.Progress(),  # noqa: B008
-) -> tuple[str, dict]:
+) -> Iterator[tuple[str, dict] | tuple[None, None]]:
     """Detect objects on a whole video, for programs.
 
     Args:
@@ -1056,20 +1273,23 @@ def detect_video(
     Returns:
         The annotated video as one mp4 file with sound, and the detections, as README.md describes them.
     """
-    info = read_video_info(video, resolution)
-    report = Report(info, conf_threshold, classes)
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
-        chunks = []
-        for update in updates_of(info, conf_threshold, classes):
-            if update:
-                report.add(update)
-                if update.chunk:
-                    chunks.append(shutil.move(update.chunk, folder))
-            progress(min(1.0, report.seconds / info.duration_seconds), desc=report.status())
-        path = os.path.join(results_folder(), "annotated.mp4")
-        join_chunks(chunks, path)
-    demo.upload_file_set.add(path)
-    return path, report.as_dict()
+    try:
+        info = read_video_info(video, resolution)
+        report = Report(info, conf_threshold, classes)
+        with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+            chunks = []
+            for update in updates_of(info, conf_threshold, classes):
+                if update:
+                    report.add(update)
+                    if update.chunk:
+                        chunks.append(shutil.move(update.chunk, folder))
+                progress(min(1.0, report.seconds / info.duration_seconds), desc=report.status())
+                yield None, None  # so that a program that has gone is noticed
+            path = new_result("annotated", "mp4")
+            join_chunks(chunks, path)
+        yield path, report.as_dict()
+    except Exception as error:
+        raise sentence_for(error) from error
 
 
 WEBCAM = gr.WebcamOptions(constraints={"video": {"width": {"ideal": 1280}, "height": {"ideal": 720}}})
@@ -1103,7 +1323,9 @@ def build_page() -> gr.Blocks:
                     elem_id="processed",
                 )
                 status = gr.Markdown(WELCOME, elem_id="status")
-                stop = gr.Button("Stop")
+                with gr.Row():
+                    start = gr.Button("Start")
+                    stop = gr.Button("Stop")
                 table = gr.Dataframe(
                     headers=["Class", "Most at once", "First (s)", "Last (s)"],
                     label="What was seen",
@@ -1128,7 +1350,7 @@ def build_page() -> gr.Blocks:
         settings = [source, conf_threshold, classes, resolution]
         # The old stream is ended first, outside the queue, and the new one starts with the latest settings.
         gr.on(
-            [source.change, conf_threshold.change, classes.change, resolution.change],
+            [source.change, conf_threshold.change, classes.change, resolution.change, start.click],
             stop_run,
             queue=False,
             show_progress="hidden",
@@ -1140,6 +1362,7 @@ def build_page() -> gr.Blocks:
             [processed, status, table, plot, files],
             trigger_mode="multiple",
             concurrency_limit=VISITORS_AT_ONCE,
+            concurrency_id="detector",
             show_progress_on=[processed],
             api_name="stream_object_detection",
         )
@@ -1149,6 +1372,7 @@ def build_page() -> gr.Blocks:
             settings,
             [gr.Video(visible=False), gr.JSON(visible=False)],
             concurrency_limit=VISITORS_AT_ONCE,
+            concurrency_id="detector",
             api_name="detect_video",
         )
     return page
@@ -1157,4 +1381,4 @@ def build_page() -> gr.Blocks:
 demo = build_page()
 
 if __name__ == "__main__":
-    demo.launch(css=CSS)
+    demo.launch(css=CSS, max_file_size=MAX_UPLOAD)

@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -69,8 +70,6 @@ def draw_bounding_boxes(frame: np.ndarray, boxes: np.ndarray, scores: np.ndarray
     scale = math.sqrt(height * width)
     line_width = math.ceil(scale * LINE_WIDTH)
     text_size = max(MIN_TEXT_SIZE_PIXELS, round(scale * TEXT_SIZE))
-    # OpenCV keeps its fonts per thread: a FontFace must not be shared, and making one takes 1 µs.
-    font = cv2.FontFace("sans")
 
     boxes = np.clip(boxes, 0, [width, height, width, height])
     visible = (boxes[:, :2] < boxes[:, 2:]).all(axis=1)  # False for NaN, too
@@ -79,7 +78,7 @@ def draw_bounding_boxes(frame: np.ndarray, boxes: np.ndarray, scores: np.ndarray
     for i in order:
         _draw_outline(frame, boxes[i], _bgr(labels[i]), line_width)
     for i in order:
-        _draw_tag(frame, boxes[i], f"{labels[i]}: {scores[i]:.2f}", _bgr(labels[i]), font, text_size)
+        _put_tag(frame, boxes[i], _tag(f"{labels[i]}: {scores[i]:.2f}", _bgr(labels[i]), text_size))
     return frame
 
 
@@ -109,20 +108,31 @@ def _draw_outline(frame: np.ndarray, box: np.ndarray, color: BGR, line_width: in
         cv2.rectangle(frame, (left + inset, top + inset), (right - 1 - inset, bottom - 1 - inset), color)
 
 
-def _draw_tag(frame: np.ndarray, box: np.ndarray, text: str, color: BGR, font: cv2.FontFace, text_size: int) -> None:
-    """Puts the tag on the box's upper left corner, or inside it where the frame has no room above."""
+@lru_cache(maxsize=256)  # the same few tags come again and again; one of a 4K frame takes 0.1 MB
+def _tag(text: str, color: BGR, text_size: int) -> np.ndarray:
+    """A line of text on a coloured ground, uint8 (height, width, 3) BGR."""
     text = " ".join(text.split())  # a line break would put text below the tag
+    # OpenCV keeps its fonts per thread: a FontFace must not be shared, and making one takes 1 µs.
+    font = cv2.FontFace("sans")
     text_width = cv2.getTextSize((0, 0), text, (0, 0), font, text_size, TEXT_WEIGHT)[2]
     padding = round(text_size * 0.35)
-    width, height = text_width + 2 * padding, round(text_size * 1.4)
+    height = round(text_size * 1.4)
+    tag = np.full((height, text_width + 2 * padding, 3), color, np.uint8)
+    # Capitals and digits are 0.75 text sizes high: this centres them.
+    baseline = round((height + 0.75 * text_size) / 2)
+    cv2.putText(tag, text, (padding, baseline), _text_color(color), font, text_size, TEXT_WEIGHT)
+    return tag
+
+
+def _put_tag(frame: np.ndarray, box: np.ndarray, tag: np.ndarray) -> None:
+    """Puts the tag on the box's upper left corner, or inside it where the frame has no room above."""
+    height, width = tag.shape[:2]
     frame_height, frame_width = frame.shape[:2]
     left, top = int(box[0]), int(box[1])
     left = max(0, min(left, frame_width - width))
     top = top - height if top >= height else max(0, min(top, frame_height - height))
-    cv2.rectangle(frame, (left, top), (left + width - 1, top + height - 1), color, cv2.FILLED)
-    # Capitals and digits are 0.75 text sizes high: this centres them.
-    baseline = top + round((height + 0.75 * text_size) / 2)
-    cv2.putText(frame, text, (left + padding, baseline), _text_color(color), font, text_size, TEXT_WEIGHT)
+    place = frame[top : top + height, left : left + width]
+    place[:] = tag[: place.shape[0], : place.shape[1]]  # it may be larger than the whole frame
 
 
 def _text_color(background: BGR) -> BGR:

@@ -31,8 +31,8 @@ def cache(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(cache) -> Iterator[str]:
-    """The address of the app, running as `python app.py` does."""
+def server_process(cache) -> Iterator[tuple[str, int]]:
+    """The address and the process id of the app, running as `python app.py` does."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -46,10 +46,16 @@ def server(cache) -> Iterator[str]:
                 break
             assert process.poll() is None, (cache / "server.log").read_text()
             time.sleep(0.25)
-        yield url
+        yield url, process.pid
     finally:
         process.terminate()
         process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def server(server_process) -> str:
+    """The address of the app."""
+    return server_process[0]
 
 
 @pytest.fixture(scope="session")

@@ -101,7 +101,7 @@ def report():
 
 def test_the_csv_says_where_the_rendered_shapes_are(report, tmp_path):
     """In pixels of the uploaded video, at the source's frame and second."""
-    csv_path, _ = report.save(str(tmp_path))
+    csv_path, _ = report.save()
     with open(csv_path, newline="") as file:
         rows = list(csv.DictReader(file))
     hits = 0
@@ -125,7 +125,7 @@ def iou(a, b):
 
 
 def test_the_json_carries_what_a_program_needs(report, tmp_path):
-    _, json_path = report.save(str(tmp_path))
+    _, json_path = report.save()
     with open(json_path) as file:
         content = json.load(file)
     assert content["model"] == "shapes-rtdetr"

@@ -1,0 +1,176 @@
+"""Many visitors at once, and visitors who leave: each gets his own result, and nothing of him stays."""
+
+import json
+import os
+import re
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from gradio_client import Client, handle_file
+from test_streaming import count_passes
+from videos import Kind
+
+import app
+
+
+def pictures_of(paths):
+    """Every picture of these files, uint8 (N, H, W)."""
+    pictures = []
+    for path in paths:
+        with av.open(str(path)) as container:
+            pictures += [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
+    return np.stack(pictures)
+
+
+def test_eight_clients_at_once_get_each_what_they_get_alone(server, tmp_path):
+    """Twice as many as run at once; different videos, thresholds and sizes."""
+    kinds = [
+        Kind(f"visitor{n}", frames=40 + 3 * n, size=(160 + 16 * n, 96), audio=() if n % 2 else ("-c:a", "aac"))
+        for n in range(8)
+    ]
+    jobs = [(kind.make(tmp_path), n / 20, list(app.RESOLUTIONS)[n % 2]) for n, kind in enumerate(kinds)]
+
+    def visit(job):
+        path, threshold, resolution = job
+        client = Client(server, verbose=False)
+        return client.predict(handle_file(path), threshold, [], resolution, api_name="/detect_video")
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(visit, jobs, timeout=200))
+    for (path, threshold, resolution), (annotated, found) in zip(jobs, answers, strict=True):
+        info = app.read_video_info(str(path), resolution)
+        report, chunks = app.Report(info, threshold, []), []
+        for update in app.stream_object_detection(info, threshold):
+            report.add(update)
+            chunks.append(update.chunk)
+        assert found == json.loads(json.dumps(report.as_dict()))
+        annotated = annotated["video"] if isinstance(annotated, dict) else annotated
+        np.testing.assert_array_equal(pictures_of([annotated]), pictures_of(chunks))
+
+
+def test_visitors_take_turns_at_the_model(tmp_path, monkeypatch):
+    """A batch each: nobody has two thirds of the model while another one waits."""
+    turns = []
+    infos = [app.read_video_info(str(Kind(f"fair{n}", frames=160, audio=()).make(tmp_path))) for n in range(2)]
+    find = app.detect_batches
+
+    def noting(video, *args):
+        for batch in find(video, *args):
+            turns.append(video.path)
+            yield batch
+
+    count_passes(monkeypatch)
+    monkeypatch.setattr(app, "detect_batches", noting)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda info: list(app.stream_object_detection(info, 0.3)), infos))
+    together = turns[: min(len(turns) - turns[::-1].index(info.path) for info in infos)]
+    together = together[max(together.index(info.path) for info in infos) :]
+    assert len(together) > 12
+    for info in infos:
+        assert together.count(info.path) / len(together) > 1 / 3
+
+
+class Visitor:
+    """A program that asks for a stream over plain HTTP, so that it can go without a word."""
+
+    def __init__(self, server, path, threshold=0.3, endpoint="stream_object_detection"):
+        self.url = f"{server}/gradio_api/call/{endpoint}"
+        data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, threshold, [], "Half (fast)"]
+        request = urllib.request.Request(
+            self.url, json.dumps({"data": data}).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=30) as response:
+            event = json.load(response)["event_id"]
+        self.answers = urllib.request.urlopen(f"{self.url}/{event}", timeout=60)
+
+    def wait_for(self, pattern):
+        for line in self.answers:
+            if re.search(pattern, line.decode()):
+                return
+        raise AssertionError(f"no answer has {pattern} in it")
+
+    def leave(self):
+        self.answers.close()
+
+
+def upload(server, path):
+    """The path of an uploaded file on the server."""
+    boundary = "-----visitor"
+    head = f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="{path.name}"\r\n\r\n'
+    body = head.encode() + path.read_bytes() + f"\r\n--{boundary}--\r\n".encode()
+    kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+    with urllib.request.urlopen(urllib.request.Request(f"{server}/gradio_api/upload", body, kind)) as response:
+        return json.load(response)[0]
+
+
+def state(pid, cache):
+    """What of a process can pile up: its threads, open files and memory in MB, and what lies on its disk."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    kept = [file for file in Path(cache).rglob("*") if file.is_file() and file.name != "server.log"]
+    return {
+        "threads": int(re.search(r"Threads:\s+(\d+)", status)[1]),
+        "open files": len(os.listdir(f"/proc/{pid}/fd")),
+        "memory": int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024,
+        "files": len(kept),
+        "chunks": sum(file.parent.name.startswith("chunks-") for file in kept),
+    }
+
+
+def settles(pid, cache, wanted, seconds=8.0):
+    """The state, as soon as it fits, or after some seconds."""
+    deadline = time.monotonic() + seconds
+    while not wanted(now := state(pid, cache)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return now
+
+
+@pytest.mark.parametrize("endpoint", ["stream_object_detection", "detect_video"])
+def test_a_visitor_who_goes_frees_the_model_within_two_seconds(server_process, cache, tmp_path, endpoint):
+    server, pid = server_process
+    path = upload(server, Kind(f"left-{endpoint}", frames=9000, audio=()).make(tmp_path))
+    visitor = Visitor(server, path, endpoint=endpoint)
+    visitor.wait_for("event: generating")
+    assert seconds_of_work(pid) > 0.2, "nothing was running"
+    visitor.leave()
+    time.sleep(1.9)
+    assert seconds_of_work(pid) < 0.1
+
+
+def seconds_of_work(pid, seconds=0.5):
+    """How much processor time a process takes within half a second."""
+
+    def ticks():
+        return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]))
+
+    before = ticks()
+    time.sleep(seconds)
+    return (ticks() - before) / os.sysconf("SC_CLK_TCK")
+
+
+def test_after_fifty_visitors_who_went_all_is_as_after_the_fifth(server_process, cache, tmp_path):
+    server, pid = server_process
+    path = upload(server, Kind("fifty", frames=1200).make(tmp_path))
+    after_five = None
+    for number in range(50):
+        visitor = Visitor(server, path, threshold=(1 + number % 19) / 20)
+        visitor.wait_for("playlist|m3u8")
+        visitor.leave()
+        if number == 4:
+            after_five = settles(pid, cache, lambda now: now["chunks"] == 0)
+            time.sleep(1)
+            after_five = state(pid, cache)
+    now = settles(
+        pid,
+        cache,
+        lambda now: all(now[name] <= after_five[name] for name in ("threads", "open files", "files", "chunks")),
+    )
+    assert now["chunks"] == 0
+    assert now["files"] <= after_five["files"]
+    assert now["threads"] <= after_five["threads"] + 3  # the server's own pool
+    assert now["open files"] <= after_five["open files"] + 3
+    assert now["memory"] < after_five["memory"] + 60
