@@ -10,6 +10,7 @@ import bisect
 import contextlib
 import contextvars
 import csv
+import ctypes
 import hashlib
 import itertools
 import json
@@ -47,6 +48,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from gradio.utils import get_upload_folder
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 
 from draw_boxes import draw_bounding_boxes, label_color
@@ -81,6 +84,7 @@ HEARTBEAT_SECONDS = 0.5  # at least this often the page hears from a run, and a 
 
 MAX_UPLOAD = "2gb"
 MAX_PIXELS = 8192 * 4320  # of a frame
+MAX_SIDE = 16384  # pixels; the encoder takes no more
 MAX_HOURS = 4  # of video
 MAX_FRAMES = 1_000_000
 MAX_SOURCE_FPS = 480  # what a file claims or measures above this is a broken clock
@@ -94,6 +98,7 @@ CONTAINERS = (
     "mpegts,mpegtsraw,mpegvideo,mxf,nsv,nut,obu,ogg,rm,swf,vc1,vc1test,vvc,wtv,yuv4mpegpipe"
 )
 DEMUXER_OPTIONS = {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}
+FFMPEG_MAX_ALLOCATION = 128 << 20  # bytes at once: a header of a few bytes may claim frames without end
 os.environ["OPENCV_FFMPEG_CAPTURE_OPTIONS"] = f"format_whitelist;{CONTAINERS}|protocol_whitelist;file"
 
 # -------------------------------------------------------------------------------------------------- model
@@ -221,6 +226,16 @@ def load_detector() -> tuple[Detector, str]:
         return detector, note
 
 
+def limit_ffmpeg_memory() -> None:
+    """Limit what the FFmpeg libraries inside PyAV and OpenCV may allocate at once; possible on Linux only."""
+    maps = Path("/proc/self/maps")
+    lines = maps.read_text().splitlines() if maps.exists() else []
+    for library in {line.split(maxsplit=5)[5] for line in lines if "libavutil" in line}:
+        ctypes.CDLL(library).av_max_alloc(ctypes.c_size_t(FFMPEG_MAX_ALLOCATION))
+
+
+limit_ffmpeg_memory()
+
 if missing := [tool for tool in ("ffmpeg", "ffprobe") if not shutil.which(tool)]:
     sys.exit(f"This app needs {' and '.join(missing)}, which cannot be found: please install ffmpeg.")
 
@@ -272,7 +287,13 @@ def open_container(path: str) -> av.container.InputContainer:
 def find_video_stream(container: av.container.InputContainer) -> av.VideoStream | None:
     """The first video track that is not a cover picture, as OpenCV chooses it."""
     cover = av.stream.Disposition.attached_pic
-    return next((s for s in container.streams.video if not s.disposition & cover), None)
+    return next((s for s in container.streams.video if s.codec_context and not s.disposition & cover), None)
+
+
+def demux(container: av.container.InputContainer, stream: av.stream.Stream) -> Iterator[av.Packet]:
+    """The packets of one track, as far as they can be read."""
+    with contextlib.suppress(av.FFmpegError):
+        yield from container.demux(stream)
 
 
 TOO_MUCH = "Too much for this app"
@@ -294,20 +315,16 @@ def read_video_info(path: str, resolution: str = HALF) -> VideoInfo:
         stream = find_video_stream(container)
         if stream is None:
             raise gr.Error("This file has no video track.", title="Not a video")
-        if stream.codec_context.width * stream.codec_context.height > MAX_PIXELS:
-            raise gr.Error(
-                f"The pictures of this video have more than {MAX_PIXELS / 1e6:.0f} megapixels.", title=TOO_MUCH
-            )
+        width, height = stream.codec_context.width, stream.codec_context.height
+        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+            raise gr.Error(f"The pictures of this video are too large: {width}x{height} pixels.", title=TOO_MUCH)
         packets = []
-        try:
-            for packet in container.demux(stream):
-                tick = packet.dts if packet.pts is None else packet.pts
-                if packet.size and not packet.is_discard:
-                    packets.append((tick, packet.duration or 0))
-                if len(packets) > MAX_FRAMES:
-                    raise gr.Error(f"This video has more than {MAX_FRAMES:,} frames.", title=TOO_MUCH)
-        except av.FFmpegError as error:
-            log.info("%s is damaged: %s", path, error)
+        for packet in demux(container, stream):
+            tick = packet.dts if packet.pts is None else packet.pts
+            if packet.size and not packet.is_discard:
+                packets.append((tick, packet.duration or 0))
+            if len(packets) > MAX_FRAMES:
+                raise gr.Error(f"This video has more than {MAX_FRAMES:,} frames.", title=TOO_MUCH)
         if not packets:
             raise gr.Error("The video track of this file is empty.", title="Not a video")
         time_base = stream.time_base or Fraction(1, 1000)
@@ -333,10 +350,10 @@ def read_video_info(path: str, resolution: str = HALF) -> VideoInfo:
             stream_start_seconds=float((stream.start_time or 0) * time_base),
             duration_seconds=float(duration),
             promised_seconds=promised_seconds(stream, float(start * time_base)),
-            width=stream.codec_context.width,
-            height=stream.codec_context.height,
+            width=width,
+            height=height,
             sample_aspect_ratio=stream.sample_aspect_ratio or Fraction(1),
-            has_audio=bool(container.streams.audio),
+            has_audio=container.streams.best("audio") is not None,
         )
 
 
@@ -365,7 +382,7 @@ def frame_rate(pts: np.ndarray, time_base: Fraction, average_rate: Fraction | No
     for exact in (Fraction(round(rate)), Fraction(round(rate * 1001 / 1000) * 1000, 1001)):
         if exact and abs(rate / exact - 1) < 1e-4:
             rate = exact
-    return min(rate.limit_denominator(1001), Fraction(MAX_SOURCE_FPS))
+    return min(max(rate, Fraction(1, 1001)).limit_denominator(1001), Fraction(MAX_SOURCE_FPS))
 
 
 @dataclass(frozen=True, eq=False)
@@ -413,7 +430,7 @@ def pyav_frames(video: VideoInfo, seek_seconds: float | None = None) -> Iterator
         stream.thread_type = "AUTO"
         if seek_seconds is not None:
             container.seek(round((video.start_seconds + seek_seconds) / stream.time_base), stream=stream)
-        for packet in container.demux(stream):
+        for packet in demux(container, stream):
             try:
                 frames = packet.decode()
             except av.FFmpegError:
@@ -437,6 +454,9 @@ def frames_from(video: VideoInfo, seconds: float) -> Iterator[GrabbedFrame]:
     return pyav_frames(video)
 
 
+READERS = (opencv_frames, pyav_frames)
+
+
 def read_frames(video: VideoInfo, start_seconds: float = 0.0) -> Iterator[GrabbedFrame]:
     """Every frame that can be decoded, with rising times: OpenCV's, then what only PyAV can read.
 
@@ -444,7 +464,7 @@ def read_frames(video: VideoInfo, start_seconds: float = 0.0) -> Iterator[Grabbe
     """
     interval = float(1 / video.fps)
     last = -math.inf
-    readers = [partial(frames_from, seconds=start_seconds)] if start_seconds else [opencv_frames, pyav_frames]
+    readers = (partial(frames_from, seconds=start_seconds),) if start_seconds else READERS
     for reader in readers:
         resume_after = last
         for pts_seconds, retrieve in reader(video):
@@ -479,7 +499,7 @@ def sample_frames(video: VideoInfo, start: Place = FIRST) -> Iterator[Frame]:
             continue  # another frame will have replaced it by then
         image = retrieve()
         size = size or output_size(image, video)  # of the first frame, for all: some recordings change theirs
-        resized = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        resized = cv2.resize(image, size)  # bilinear: at half the size it is the mean of four pixels
         shown = Frame(resized, image.shape[1::-1], slot, index, max(0.0, pts_seconds))
 
     if shown is None:
@@ -527,7 +547,7 @@ def read_audio(video: VideoInfo) -> Iterator[np.ndarray]:
         stream = container.streams.best("audio")
         resampler = av.AudioResampler(format="s16", layout="stereo", rate=AUDIO_RATE)
         position = 0  # of the next sample
-        for packet in container.demux(stream):
+        for packet in demux(container, stream):
             try:
                 frames = [new for frame in packet.decode() for new in resampler.resample(frame)]
             except (av.FFmpegError, ValueError):  # a damaged packet: its place stays silent
@@ -706,22 +726,21 @@ class ChunkWriter:
         self.path, self._frames, self._time_base = path, 0, 1 / fps
         self._container = av.open(path, "w", format="mp4")
         # One key frame, at the start, is enough for a chunk. CRF 23 is x264's own default quality.
-        options = {"preset": "veryfast", "crf": "23", "g": "100000", "bf": "0"}
+        options = {"preset": "superfast", "crf": "23", "g": "100000", "bf": "0"}
         self._video = self._container.add_stream("libx264", rate=fps, options=options)
         self._video.width, self._video.height = size
         self._video.pix_fmt = "yuv420p"
         self._video.time_base = self._video.codec_context.time_base = self._time_base
-        # BT.709 in limited range, and said so, whatever the source had: OpenCV's frames are plain RGB.
+        # Whatever the source had, OpenCV's frames are plain RGB, and its YUV is BT.601 in limited range: say so.
         context = self._video.codec_context
-        context.color_range, context.colorspace, context.color_primaries, context.color_trc = 1, 1, 1, 1
+        context.color_range, context.colorspace, context.color_primaries, context.color_trc = 1, 5, 1, 1
         self._audio = None
         if has_audio:
             self._audio = self._container.add_stream("flac", rate=AUDIO_RATE, layout="stereo", format="s16")
 
     def write(self, image: np.ndarray) -> None:
         """Add a frame, uint8 (H, W, 3) BGR."""
-        frame = av.VideoFrame.from_ndarray(image, format="bgr24")
-        frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709")
+        frame = av.VideoFrame.from_ndarray(cv2.cvtColor(image, cv2.COLOR_BGR2YUV_I420), format="yuv420p")
         frame.pts, frame.time_base = self._frames, self._time_base
         self._frames += 1
         self._mux_video(frame)
@@ -1117,6 +1136,12 @@ class Run:
 
     def __init__(self):
         self.stopped, self.gone = threading.Event(), threading.Event()
+        self.is_replaced = False  # by one with other settings: nobody wants to see how it ended
+
+    def stop(self, is_replaced: bool = False) -> None:
+        self.is_replaced |= is_replaced
+        self.stopped.set()
+        self.gone.wait(timeout=10)
 
 
 RUNS: dict[str, Run] = {}  # a cache of what is alive: each session's one run
@@ -1129,8 +1154,7 @@ def only_run_of(session: str) -> Iterator[Run]:
     previous, RUNS[session] = RUNS.get(session), run
     try:
         if previous:
-            previous.stopped.set()
-            previous.gone.wait(timeout=10)
+            previous.stop(is_replaced=True)
         yield run
     finally:
         run.gone.set()
@@ -1141,8 +1165,13 @@ def only_run_of(session: str) -> Iterator[Run]:
 def stop_run(request: gr.Request) -> None:
     """End the stream that the visitor watches. What has been streamed stays."""
     if run := RUNS.get(request.session_hash):
-        run.stopped.set()
-        run.gone.wait(timeout=10)
+        run.stop()
+
+
+def replace_run(request: gr.Request) -> None:
+    """End the stream that the visitor watches, to make way for another one."""
+    if run := RUNS.get(request.session_hash):
+        run.stop(is_replaced=True)
 
 
 def hand_out(updates: Generator[StreamUpdate | None]) -> Iterator[StreamUpdate | None]:
@@ -1240,8 +1269,8 @@ def stream_to_page(
                         yield gr.skip(), report.status(), gr.skip(), gr.skip(), gr.skip()
         except Exception as error:
             failure = sentence_for(error)
-        if RUNS.get(request.session_hash) is not run:
-            return  # a newer one has taken the page over
+        if run.is_replaced:
+            return
         files = gr.skip()
         if report and report.frames:  # what has been found stays, also when something has failed since
             try:
@@ -1290,6 +1319,17 @@ def detect_video(
         yield path, report.as_dict()
     except Exception as error:
         raise sentence_for(error) from error
+
+
+class WithoutScreenRecorder:
+    """ASGI middleware. Gradio's screen recorder hands any upload to ffmpeg, which follows a playlist to other files."""
+
+    def __init__(self, app: Callable):
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        hidden = scope["type"] == "http" and "/process_recording" in scope["path"]
+        await (PlainTextResponse("Not found", 404) if hidden else self.app)(scope, receive, send)
 
 
 WEBCAM = gr.WebcamOptions(constraints={"video": {"width": {"ideal": 1280}, "height": {"ideal": 720}}})
@@ -1351,7 +1391,7 @@ def build_page() -> gr.Blocks:
         # The old stream is ended first, outside the queue, and the new one starts with the latest settings.
         gr.on(
             [source.change, conf_threshold.change, classes.change, resolution.change, start.click],
-            stop_run,
+            replace_run,
             queue=False,
             show_progress="hidden",
             trigger_mode="multiple",
@@ -1381,4 +1421,5 @@ def build_page() -> gr.Blocks:
 demo = build_page()
 
 if __name__ == "__main__":
-    demo.launch(css=CSS, max_file_size=MAX_UPLOAD)
+    middleware = [Middleware(WithoutScreenRecorder)]
+    demo.launch(css=CSS, max_file_size=MAX_UPLOAD, app_kwargs={"middleware": middleware})

@@ -29,6 +29,7 @@ PALETTE_SALT = 583273
 BGR = tuple[int, int, int]
 
 
+@lru_cache(maxsize=1024)
 def label_color(label: str) -> str:
     """Returns the colour of a label as `#rrggbb`. It depends on the label alone, so it never changes.
 

@@ -248,7 +248,7 @@ def test_clearing_the_source_ends_the_run_and_empties_the_page(page, long_video)
     upload(page, long_video)
     wait_for(page, lambda state: state["time"] > 0.3)
     clear(page)
-    expect(page.locator("#status")).to_have_text(app.WELCOME, timeout=5_000)
+    expect(page.locator("#status")).to_have_text(app.WELCOME, timeout=10_000)
     page.wait_for_timeout(1500)
     expect(page.locator("#status")).to_have_text(app.WELCOME)
     assert page.evaluate(PLAYER) is None

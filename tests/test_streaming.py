@@ -269,7 +269,7 @@ def test_a_video_that_was_filmed_sideways_stands_upright(degrees, tmp_path, monk
                     "-x265-params", "log-level=0:colormatrix=bt709"]),
     ],
 )  # fmt: skip
-def test_colours_are_kept_and_said_to_be_bt709(name, options, tmp_path):
+def test_colours_are_kept_and_said_to_be_bt601(name, options, tmp_path):
     color = (200, 80, 40)
     matrix = "bt601" if name == "bt601" else "bt709"
     scale = f"scale=out_color_matrix={matrix}:out_range={'full' if name == 'full' else 'tv'}"
@@ -280,7 +280,7 @@ def test_colours_are_kept_and_said_to_be_bt709(name, options, tmp_path):
     update = next(app.stream_object_detection(str(path), 1.0))
     with av.open(update.chunk) as container:
         frame = next(container.decode(video=0))
-        assert (frame.colorspace, frame.color_range) == (1, 1)
+        assert (frame.colorspace, frame.color_range) == (5, 1)
         np.testing.assert_allclose(frame.to_ndarray(format="rgb24")[16, 24], color, atol=6)
 
 

@@ -102,7 +102,7 @@ def test_a_cache_folder_that_cannot_be_written_gets_a_sentence(video, monkeypatc
 @pytest.mark.parametrize(
     ("limit", "value", "sentence"),
     [
-        ("MAX_PIXELS", 160 * 96 - 1, "megapixels"),
+        ("MAX_PIXELS", 160 * 96 - 1, "too large: 160x96"),
         ("MAX_HOURS", 2 / 3600, "longer than"),
         ("MAX_FRAMES", 81, "more than 81 frames"),
     ],
