@@ -32,7 +32,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -68,9 +68,10 @@ RESOLUTIONS = {"Half (fast)": (Fraction(1, 2), 2), "Full": (Fraction(1), 1)}
 HALF = next(iter(RESOLUTIONS))
 CHUNK_SECONDS = 2  # of output, in each mp4 that is streamed
 
-# A chunk is one forward pass, but in parts where it has many frames or large ones. On a CPU small parts are no
-# slower, show how far the work is, and end soon when the viewer has gone.
-BATCH_FRAMES = {"cpu": 4, "mps": 16, "cuda": 60}
+# A chunk is one forward pass, but in parts where it has many frames or large ones. On a CPU a model with many
+# parameters is fastest frame by frame: 1.1 s each, and 1.5 s in fours, with R50 on two cores.
+BATCH_FRAMES = {"cpu": 15, "mps": 16, "cuda": 60}
+LARGE_MODEL = 10_000_000  # parameters
 BATCH_BYTES = 128 << 20  # of decoded frames
 # What the model calculates in; the default is float16 on CUDA, and bfloat16 where the CPU has instructions for it.
 PRECISION = os.environ.get("PRECISION", "")
@@ -134,6 +135,8 @@ class Detector:
         weights = [parameter.double().sum().item() for parameter in model.parameters()]
         self.fingerprint = f"{config.to_json_string()}{processor}{self.device}{self.dtype}{weights}"
         self.model = model.eval().to(memory_format=torch.channels_last).to(self.device)
+        is_slow = self.device.type == "cpu" and model.num_parameters() > LARGE_MODEL
+        self.batch_frames = 1 if is_slow else BATCH_FRAMES[self.device.type]
         self._turn = threading.Lock()  # several visitors share the model, a batch each in turn
         self.id2label: dict[int, str] = config.id2label
         self.input_size = (processor.size["height"], processor.size["width"])
@@ -303,6 +306,12 @@ def read_video_info(path: str, resolution: str = HALF) -> VideoInfo:
     """Read a video's clock. Raises `gr.Error`, with a sentence for the page, if it is not a video."""
     if not os.path.isfile(path) or os.path.getsize(path) == 0:
         raise gr.Error("This file is empty.", title="Not a video")
+    return read_packets(path, resolution, os.path.getmtime(path))
+
+
+@lru_cache(maxsize=8)  # a move of the slider must not wait until an hour of video has been read again
+def read_packets(path: str, resolution: str, modified: float) -> VideoInfo:
+    """`read_video_info` for a file that was `modified` then."""
     try:
         container = open_container(path)
     except (av.FFmpegError, ValueError, OSError) as error:
@@ -530,7 +539,7 @@ def read_batches(video: VideoInfo, start: Place = FIRST) -> Iterator[list[Frame]
     batch: list[Frame] = []
     for count, frame in enumerate(sample_frames(video, start), start.slot + 1):
         batch.append(frame)
-        full = len(batch) == BATCH_FRAMES[DETECTOR.device.type] or len(batch) * frame.image.nbytes > BATCH_BYTES
+        full = len(batch) == DETECTOR.batch_frames or len(batch) * frame.image.nbytes > BATCH_BYTES
         if full or count % video.chunk_frames == 0:
             yield batch
             batch = []
@@ -1183,24 +1192,25 @@ def hand_out(updates: Generator[StreamUpdate | None]) -> Iterator[StreamUpdate |
                 Path(update.chunk).unlink(missing_ok=True)
 
 
+def known_frames(video: VideoInfo) -> int:
+    """How many frames of the output need no model, from the first one on; `DetectionStore.ALL` if none does."""
+    with contextlib.closing(DetectionStore(video)) as store:
+        demo.upload_file_set.add(store.path)  # so that it is removed when Gradio removes uploads
+        return store.known
+
+
 def updates_of(video: VideoInfo, conf_threshold: float, classes: Sequence[str]) -> Iterator[StreamUpdate | None]:
     """The stream with a heartbeat. A chunk is there until the next step.
 
     What is known already is streamed without a GPU, all of it or, where GPUs are rationed, the beginning.
     """
-
-    def known() -> int:
-        with contextlib.closing(DetectionStore(video)) as store:
-            demo.upload_file_set.add(store.path)  # so that it is removed when Gradio removes uploads
-            return store.known
-
-    known_before, seconds = known(), 0.0
+    known, seconds = known_frames(video), 0.0
     with tempfile.TemporaryDirectory(prefix="chunks-", dir=cache_folder(), ignore_cleanup_errors=True) as folder:
-        if known_before == DetectionStore.ALL or (known_before and ON_ZEROGPU):
+        if known == DetectionStore.ALL or (known and ON_ZEROGPU):
             for update in hand_out(run_pipeline(video, conf_threshold, classes, folder, deadline=-math.inf)):
                 seconds = update.seconds if update else seconds
                 yield update
-        if known_before == DetectionStore.ALL:
+        if known == DetectionStore.ALL:
             return
 
         start, start_seconds = round(seconds * video.output_fps), seconds
@@ -1215,7 +1225,7 @@ def updates_of(video: VideoInfo, conf_threshold: float, classes: Sequence[str]) 
             yield update
         if began:
             GPU_PACE.learn(video, seconds - start_seconds, time.monotonic() - began)
-        if known() < DetectionStore.ALL:
+        if known_frames(video) < DetectionStore.ALL:
             gr.Warning(
                 f"The GPU's time for one run is used up: this is the video up to second {seconds:.0f}. "
                 "What was found is kept. Press Start, and the run goes on from there."
@@ -1280,7 +1290,8 @@ def stream_to_page(
         if failure:
             yield gr.skip(), failure.message, gr.skip(), gr.skip(), files
             raise failure
-        ended = "Stopped" if run.stopped.is_set() else "Done"
+        is_whole = known_frames(info) == DetectionStore.ALL
+        ended = "Stopped" if run.stopped.is_set() else "Done" if is_whole else "Paused"
         yield gr.skip(), report.status(ended), report.table(), report.counts(), files
 
 

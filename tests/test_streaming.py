@@ -39,10 +39,9 @@ def test_every_second_frame_is_shown(numbered):
 
 def test_one_chunk_is_one_batch_unless_it_is_too_large(numbered, monkeypatch):
     video = app.read_video_info(str(numbered))
-    device = app.DETECTOR.device.type
-    monkeypatch.setattr(app, "BATCH_FRAMES", {device: 60})
+    monkeypatch.setattr(app.DETECTOR, "batch_frames", 60)
     assert [len(batch) for batch in app.read_batches(video)] == [30, 30, 2]
-    monkeypatch.setattr(app, "BATCH_FRAMES", {device: 12})
+    monkeypatch.setattr(app.DETECTOR, "batch_frames", 12)
     assert [len(batch) for batch in app.read_batches(video)] == [12, 12, 6, 12, 12, 6, 2]
 
 

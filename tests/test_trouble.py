@@ -64,7 +64,7 @@ def test_what_was_made_before_something_failed_is_not_lost(video, monkeypatch, c
 
     def failing(*args):
         calls.append(args)
-        if len(calls) > 8:  # 4 frames each: in the second chunk
+        if len(calls) > 2:  # 15 frames each: in the second chunk
             raise RuntimeError(f"cannot read {video}")
         return detect(*args)
 
@@ -108,7 +108,6 @@ def test_a_cache_folder_that_cannot_be_written_gets_a_sentence(video, monkeypatc
     ],
 )
 def test_limits_are_sentences(video, monkeypatch, limit, value, sentence):
-    assert app.read_video_info(video)
     monkeypatch.setattr(app, limit, value)
     with pytest.raises(gr.Error, match=sentence):
         app.read_video_info(video)

@@ -12,7 +12,6 @@ import av
 import numpy as np
 import pytest
 from gradio_client import Client, handle_file
-from test_streaming import count_passes
 from videos import Kind
 
 import app
@@ -64,7 +63,7 @@ def test_visitors_take_turns_at_the_model(tmp_path, monkeypatch):
             turns.append(video.path)
             yield batch
 
-    count_passes(monkeypatch)
+    monkeypatch.setattr(app.DETECTOR, "batch_frames", 4)
     monkeypatch.setattr(app, "detect_batches", noting)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda info: list(app.stream_object_detection(info, 0.3)), infos))

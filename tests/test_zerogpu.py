@@ -70,6 +70,7 @@ def test_a_run_on_the_page_teaches_the_estimate(video, on_zerogpu):
 def test_a_budget_that_runs_out_ends_cleanly_and_the_next_run_costs_only_the_rest(video, on_zerogpu, monkeypatch):
     warnings, passes = [], count_passes(monkeypatch)
     monkeypatch.setattr(gr, "Warning", warnings.append)
+    monkeypatch.setattr(app.DETECTOR, "batch_frames", 4)
     detect = app.Detector.__call__
     monkeypatch.setattr(app.Detector, "__call__", lambda *args: time.sleep(0.2) or detect(*args))
     monkeypatch.setattr(app.GpuPace, "estimate", lambda *_: app.GPU_RESERVE_SECONDS + 1.5)
