@@ -73,7 +73,7 @@ CHUNK_SECONDS = 2  # of output, in each mp4 that is streamed
 BATCH_FRAMES = {"cpu": 15, "mps": 16, "cuda": 60}
 LARGE_MODEL = 10_000_000  # parameters
 BATCH_BYTES = 128 << 20  # of decoded frames
-# What the model calculates in; the default is float16 on CUDA, and bfloat16 where the CPU has instructions for it.
+# What most of the model calculates in; by default float16 on CUDA, bfloat16 where the CPU has instructions for it.
 PRECISION = os.environ.get("PRECISION", "")
 
 ON_ZEROGPU = spaces.config.Config.zero_gpu
@@ -135,6 +135,13 @@ class Detector:
         weights = [parameter.double().sum().item() for parameter in model.parameters()]
         self.fingerprint = f"{config.to_json_string()}{processor}{self.device}{self.dtype}{weights}"
         self.model = model.eval().to(memory_format=torch.channels_last).to(self.device)
+        if self.dtype != torch.float32:
+            # Most of the work, but not the decoder: it chooses between queries that are nearly alike.
+            autocast = torch.autocast(self.device.type, self.dtype)
+            for part in (model.model.backbone, model.model.encoder):
+                part.forward = autocast(part.forward)
+            for projection in (*model.model.encoder_input_proj, *model.model.decoder_input_proj):
+                projection.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
         is_slow = self.device.type == "cpu" and model.num_parameters() > LARGE_MODEL
         self.batch_frames = 1 if is_slow else BATCH_FRAMES[self.device.type]
         self._turn = threading.Lock()  # several visitors share the model, a batch each in turn
@@ -157,8 +164,7 @@ class Detector:
     @torch.inference_mode()
     def _forward_pass(self, frames: list[np.ndarray]) -> list[Found]:
         pixels = self._preprocess(frames)
-        reduced = self.dtype != torch.float32
-        with self._turn, torch.autocast(self.device.type, self.dtype, enabled=reduced):
+        with self._turn:
             outputs = self.model(pixel_values=pixels)
         # The official `post_process_object_detection` with threshold 0, but with one transfer a batch.
         scores = outputs.logits.float().sigmoid()
@@ -1359,6 +1365,7 @@ def build_page() -> gr.Blocks:
             gr.Markdown(MODEL_NOTE)
         with gr.Row():
             with gr.Column():
+                # With `include_audio=False` Gradio would give each upload, unchecked, to ffmpeg.
                 source = gr.Video(label="Video source", include_audio=True, webcam_options=WEBCAM, elem_id="source")
                 conf_threshold = gr.Slider(0, 1, value=0.30, step=0.05, label="Confidence threshold")
                 classes = gr.Dropdown(

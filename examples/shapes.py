@@ -33,7 +33,7 @@ HERE = Path(__file__).parent
 MODEL_DIR = HERE / "shapes-rtdetr"
 
 INPUT_SIZE = 256  # pixels; the model sees every picture squeezed to this square
-SCALES = (0.06, 0.55)  # a shape's size relative to the picture's shorter side
+SCALES = (0.08, 0.55)  # a shape's size relative to the picture's shorter side
 MIN_SHAPE_PX = 14  # below this a person cannot tell a star from a circle either
 MIN_VISIBLE = 0.35  # share of a shape's area that must show for it to be labelled
 MAX_SHAPES = 8
