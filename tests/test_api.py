@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from videos import Kind, beep_onsets
+from videos import Kind, ask_for_whole_video, beep_onsets
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,7 @@ def test_no_chunk_stays_on_disk_after_a_run(client, cache, tmp_path):
 
 def test_a_program_gets_the_whole_video_and_the_detections(client, tmp_path):
     path = Kind("whole", frames=123, size=(320, 180)).make(tmp_path)
-    annotated, found = client.predict(handle_file(path), 0.0, [], "Half (fast)", api_name="/detect_video")
-    annotated = annotated["video"] if isinstance(annotated, dict) else annotated
+    annotated, found = ask_for_whole_video(client, path, 0.0, [], "Half (fast)")
     with av.open(annotated) as container:
         assert sum(1 for _ in container.decode(video=0)) == 62
     with av.open(annotated) as container:
@@ -55,8 +54,7 @@ def test_a_program_gets_the_whole_video_and_the_detections(client, tmp_path):
 
 def test_a_program_can_ask_for_every_frame_at_full_size_and_for_some_classes(client, tmp_path):
     path = Kind("full", frames=10, size=(320, 180), audio=()).make(tmp_path)
-    annotated, found = client.predict(handle_file(path), 0.0, ["star"], "Full", api_name="/detect_video")
-    annotated = annotated["video"] if isinstance(annotated, dict) else annotated
+    annotated, found = ask_for_whole_video(client, path, 0.0, ["star"], "Full")
     with av.open(annotated) as container:
         frames = list(container.decode(video=0))
     assert len(frames) == 10

@@ -55,7 +55,7 @@ def official_answers():
         for index in range(0, shapes.EXAMPLES[name].frame_count, 10):
             frame = shapes.example_frame(name, index)
             found = shapes.detect(model, processor, frame, threshold=0.0)
-            found = torch.from_numpy(np.column_stack((found["boxes"], found["scores"], found["labels"]))).numpy()
+            found = np.column_stack((found["boxes"], found["scores"], found["labels"]))
             answers.append((np.ascontiguousarray(frame[:, :, ::-1]), found))
     return answers
 

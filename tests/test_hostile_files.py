@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
-from videos import Kind, ffmpeg, read_chunks
+from videos import Kind, ask_for_whole_video, ffmpeg, read_chunks
 
 import app
 
@@ -337,8 +337,7 @@ def test_an_upload_with_an_odd_name_is_detected_as_any_other(name, client, plain
     path = tmp_path / name
     path.write_bytes(video)
     (tmp_path / "chunk.mp4").write_bytes(chunks[0])
-    annotated, _ = client.predict(handle_file(path), 0.3, [], "Half (fast)", api_name="/detect_video")
-    annotated = annotated["video"] if isinstance(annotated, dict) else annotated
+    annotated, _ = ask_for_whole_video(client, path, 0.3, [], "Half (fast)")
     pictures = [read_chunks([path]).pictures for path in (annotated, tmp_path / "chunk.mp4")]
     np.testing.assert_array_equal(*pictures)
 

@@ -111,17 +111,10 @@ def test_the_csv_says_where_the_rendered_shapes_are(report, tmp_path):
         assert float(row["time_seconds"]) == pytest.approx(frame / float(report.video.fps), abs=0.002)
         box = np.array([float(row[side]) for side in ("x1", "y1", "x2", "y2")])
         boxes, labels = shapes.example_truth(EXAMPLE.stem, frame)
-        names = [app.DETECTOR.id2label[int(label)] for label in labels]
-        hits += any(name == row["label"] and iou(box, true) > 0.5 for name, true in zip(names, boxes, strict=True))
+        names = np.array([app.DETECTOR.id2label[int(label)] for label in labels])
+        hits += ((names == row["label"]) & (shapes.overlap(box, boxes) > 0.5)).any()
     assert len(rows) > 200
     assert hits / len(rows) > 0.85
-
-
-def iou(a, b):
-    width, height = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
-    overlap = max(0, width) * max(0, height)
-    area = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)) - overlap
-    return overlap / area if area else 0
 
 
 def test_the_json_carries_what_a_program_needs(report, tmp_path):

@@ -8,22 +8,12 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
-from gradio_client import Client, handle_file
-from videos import Kind
+from gradio_client import Client
+from videos import Kind, ask_for_whole_video, read_chunks
 
 import app
-
-
-def pictures_of(paths):
-    """Every picture of these files, uint8 (N, H, W)."""
-    pictures = []
-    for path in paths:
-        with av.open(str(path)) as container:
-            pictures += [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
-    return np.stack(pictures)
 
 
 def test_eight_clients_at_once_get_each_what_they_get_alone(server, tmp_path):
@@ -36,8 +26,7 @@ def test_eight_clients_at_once_get_each_what_they_get_alone(server, tmp_path):
 
     def visit(job):
         path, threshold, resolution = job
-        client = Client(server, verbose=False)
-        return client.predict(handle_file(path), threshold, [], resolution, api_name="/detect_video")
+        return ask_for_whole_video(Client(server, verbose=False), path, threshold, [], resolution)
 
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(visit, jobs, timeout=200))
@@ -48,8 +37,7 @@ def test_eight_clients_at_once_get_each_what_they_get_alone(server, tmp_path):
             report.add(update)
             chunks.append(update.chunk)
         assert found == json.loads(json.dumps(report.as_dict()))
-        annotated = annotated["video"] if isinstance(annotated, dict) else annotated
-        np.testing.assert_array_equal(pictures_of([annotated]), pictures_of(chunks))
+        np.testing.assert_array_equal(read_chunks([annotated]).pictures, read_chunks(chunks).pictures)
 
 
 def test_visitors_take_turns_at_the_model(tmp_path, monkeypatch):
@@ -154,13 +142,12 @@ def seconds_of_work(pid, seconds=0.5):
 def test_after_fifty_visitors_who_went_all_is_as_after_the_fifth(server_process, cache, tmp_path):
     server, pid = server_process
     path = upload(server, Kind("fifty", frames=1200).make(tmp_path))
-    after_five = None
     for number in range(50):
         visitor = Visitor(server, path, threshold=(1 + number % 19) / 20)
         visitor.wait_for("playlist|m3u8")
         visitor.leave()
         if number == 4:
-            after_five = settles(pid, cache, lambda now: now["chunks"] == 0)
+            settles(pid, cache, lambda now: now["chunks"] == 0)
             time.sleep(1)
             after_five = state(pid, cache)
     now = settles(

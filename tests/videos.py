@@ -13,6 +13,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from gradio_client import Client, handle_file
 
 import app
 
@@ -112,7 +113,6 @@ class Kind:
             # Whole milliseconds; a sum of steps, since ffmpeg has no look-up table.
             table = "+".join(f"gte(N,{n})*{round((times[n] - times[n - 1]) * 1000)}" for n in range(1, len(times)))
             filters += f",settb=1/1000,setpts='{table or 0}'"
-            inputs += []
         outputs = ["-map", "0:v", "-vf", filters, *self.video]
         if self.times is not None:
             outputs += ["-fps_mode", "passthrough", "-enc_time_base", "1:1000"]
@@ -166,3 +166,9 @@ def read_chunks(paths: Sequence[str | Path]) -> Output:
 def play(path: Path, conf_threshold: float = 1.0, **settings: object) -> Output:
     """What the generator makes of a video; by default without any box, so that the pictures can be read."""
     return read_chunks([update[0] for update in app.stream_object_detection(str(path), conf_threshold, **settings)])
+
+
+def ask_for_whole_video(client: Client, path: Path, *settings: object) -> tuple[str, dict]:
+    """What the endpoint `detect_video` gives: the path of the annotated video, and what was found."""
+    annotated, found = client.predict(handle_file(path), *settings, api_name="/detect_video")
+    return annotated["video"] if isinstance(annotated, dict) else annotated, found
