@@ -11,6 +11,7 @@ import contextlib
 import contextvars
 import csv
 import ctypes
+import gc
 import hashlib
 import itertools
 import json
@@ -29,7 +30,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -50,9 +51,10 @@ import transformers
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 
-from draw_boxes import draw_bounding_boxes, label_color
+from draw_boxes import draw_bounding_boxes, label_color, load_font
 
 T = TypeVar("T")
 log = logging.getLogger("rt-detr-stream")
@@ -68,11 +70,14 @@ RESOLUTIONS = {"Half (fast)": (Fraction(1, 2), 2), "Full": (Fraction(1), 1)}
 HALF = next(iter(RESOLUTIONS))
 CHUNK_SECONDS = 2  # of output, in each mp4 that is streamed
 
-# A chunk is one forward pass, but in parts where it has many frames or large ones. On a CPU a model with many
-# parameters is fastest frame by frame: 1.1 s each, and 1.5 s in fours, with R50 on two cores.
-BATCH_FRAMES = {"cpu": 15, "mps": 16, "cuda": 60}
+# A chunk is one forward pass, but in parts where it has many frames or large ones: as many frames for each of the
+# workers as it is fastest with. On a CPU a large model takes R50's 1.1 s a frame alone, and 1.5 s in fours.
+WORKERS = {"cpu": 2, "mps": 1, "cuda": 2}  # one prepares its frames while the GPU is with the other's
+WORKER_FRAMES = {"cpu": 8, "mps": 16, "cuda": 30}
 LARGE_MODEL = 10_000_000  # parameters
 BATCH_BYTES = 128 << 20  # of decoded frames
+CPU_THREADS = torch.get_num_threads()
+ENCODER_THREADS = max(1, CPU_THREADS // 2)
 # What most of the model calculates in; by default float16 on CUDA, bfloat16 where the CPU has instructions for it.
 PRECISION = os.environ.get("PRECISION", "")
 
@@ -134,6 +139,8 @@ class Detector:
         # out before the weights move: ZeroGPU has no CUDA to calculate with at start-up.
         weights = [parameter.double().sum().item() for parameter in model.parameters()]
         self.fingerprint = f"{config.to_json_string()}{processor}{self.device}{self.dtype}{weights}"
+        if self.dtype != torch.bfloat16:  # it has too few digits for the folded weights
+            fold_batch_norms(model)
         self.model = model.eval().to(memory_format=torch.channels_last).to(self.device)
         if self.dtype != torch.float32:
             # Most of the work, but not the decoder: it chooses between queries that are nearly alike.
@@ -142,16 +149,27 @@ class Detector:
                 part.forward = autocast(part.forward)
             for projection in (*model.model.encoder_input_proj, *model.model.decoder_input_proj):
                 projection.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
-        is_slow = self.device.type == "cpu" and model.num_parameters() > LARGE_MODEL
-        self.batch_frames = 1 if is_slow else BATCH_FRAMES[self.device.type]
-        self._turn = threading.Lock()  # several visitors share the model, a batch each in turn
+        workers, worker_frames = WORKERS[self.device.type], WORKER_FRAMES[self.device.type]
+        if self.device.type == "cpu":
+            if model.num_parameters() > LARGE_MODEL:
+                workers, worker_frames = CPU_THREADS, 1
+            # Cores that share frames wait for each other at each layer; those with frames of their own do not.
+            torch.set_num_threads(max(1, CPU_THREADS // workers))
+        self.batch_frames = workers * worker_frames
+        self._workers = ThreadPoolExecutor(workers, initializer=give_way)  # for all visitors, a batch each in turn
         self.id2label: dict[int, str] = config.id2label
         self.input_size = (processor.size["height"], processor.size["width"])
         self.rescale_factor = processor.rescale_factor if processor.do_rescale else 1.0
         self.normalize = (processor.image_mean, processor.image_std) if processor.do_normalize else None
 
     def __call__(self, frames: list[np.ndarray]) -> list[Found]:
-        """Detect objects on `frames`, uint8 (H, W, 3) BGR of one size, in one forward pass if memory allows it."""
+        """Detect objects on `frames`, uint8 (H, W, 3) BGR of one size."""
+        size = math.ceil(len(frames) / self._workers._max_workers)
+        parts = [frames[start : start + size] for start in range(0, len(frames), size)]
+        return list(itertools.chain(*self._workers.map(self._detect, parts)))
+
+    def _detect(self, frames: list[np.ndarray]) -> list[Found]:
+        """In one forward pass if memory allows it."""
         try:
             return self._forward_pass(frames)
         except torch.OutOfMemoryError:
@@ -159,13 +177,12 @@ class Detector:
                 raise
         torch.cuda.empty_cache()
         half = len(frames) // 2
-        return self(frames[:half]) + self(frames[half:])
+        return self._detect(frames[:half]) + self._detect(frames[half:])
 
     @torch.inference_mode()
     def _forward_pass(self, frames: list[np.ndarray]) -> list[Found]:
         pixels = self._preprocess(frames)
-        with self._turn:
-            outputs = self.model(pixel_values=pixels)
+        outputs = self.model(pixel_values=pixels)
         # The official `post_process_object_detection` with threshold 0, but with one transfer a batch.
         scores = outputs.logits.float().sigmoid()
         queries, classes = scores.shape[1:]
@@ -191,6 +208,24 @@ class Detector:
             mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in self.normalize)
             batch = (batch - mean) / std
         return batch
+
+
+def give_way() -> None:
+    """Lower the priority of this thread: what is finished goes to the viewer before more is begun."""
+    if sys.platform == "linux":  # elsewhere it would be the whole process
+        os.nice(10)
+
+
+@torch.no_grad()
+def fold_batch_norms(model: torch.nn.Module) -> None:
+    """Calculate each batch normalisation into the convolution before it, which saves a pass over its output."""
+    for module in model.modules():
+        for (_, conv), (name, norm) in itertools.pairwise(list(module.named_children())):
+            if isinstance(conv, torch.nn.Conv2d) and hasattr(norm, "running_mean"):
+                eps = getattr(norm, "eps", 1e-5)  # RT-DETR's frozen ones have no attribute for it
+                statistics = (norm.running_mean, norm.running_var, eps, norm.weight, norm.bias)
+                conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+                setattr(module, name, torch.nn.Identity())
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
@@ -738,11 +773,12 @@ class ChunkWriter:
     """
 
     def __init__(self, path: str, size: tuple[int, int], fps: Fraction, has_audio: bool):
-        self.path, self._frames, self._time_base = path, 0, 1 / fps
+        self.path, self._frames, self._samples, self._time_base = path, 0, 0, 1 / fps
         self._container = av.open(path, "w", format="mp4")
         # One key frame, at the start, is enough for a chunk. CRF 23 is x264's own default quality.
-        options = {"preset": "superfast", "crf": "23", "g": "100000", "bf": "0"}
+        options = {"preset": "superfast", "coder": "vlc", "crf": "23", "g": "100000", "bf": "0"}
         self._video = self._container.add_stream("libx264", rate=fps, options=options)
+        self._video.codec_context.thread_count = ENCODER_THREADS
         self._video.width, self._video.height = size
         self._video.pix_fmt = "yuv420p"
         self._video.time_base = self._video.codec_context.time_base = self._time_base
@@ -763,12 +799,14 @@ class ChunkWriter:
     def write_audio(self, samples: np.ndarray) -> None:
         """Add sound, int16 (samples, 2)."""
         sound = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="s16", layout="stereo")
-        sound.rate, sound.pts = AUDIO_RATE, 0
+        sound.rate, sound.pts = AUDIO_RATE, self._samples
+        self._samples += len(samples)
         self._container.mux(self._audio.encode(sound))
-        self._container.mux(self._audio.encode(None))
 
     def close(self) -> None:
         self._mux_video(None)
+        if self._audio:
+            self._container.mux(self._audio.encode(None))
         self._container.close()
 
     def _mux_video(self, frame: av.VideoFrame | None) -> None:
@@ -796,14 +834,12 @@ def write_chunks(
 ) -> Iterator[StreamUpdate]:
     """Draw on the frames, from output frame `start` on, and write them as mp4 chunks of two seconds into `folder`."""
     writer, drawn, count = None, None, start
-    audio = None
-    if video.has_audio:
-        audio = AudioReader(video)
+    audio = AudioReader(video) if video.has_audio else None
+    if audio:
         audio.skip_until(start / video.output_fps)
+    load_font()  # now, while the first frames are being read
 
     def finish() -> str:
-        if audio:
-            writer.write_audio(audio.take_until(count / video.output_fps))
         writer.close()
         return writer.path
 
@@ -819,6 +855,8 @@ def write_chunks(
                     writer = ChunkWriter(path, frame.image.shape[1::-1], video.output_fps, video.has_audio)
                 writer.write(frame.image)
             count += len(batch)
+            if audio:
+                writer.write_audio(audio.take_until(count / video.output_fps))
             chunk = None
             if count % video.chunk_frames == 0:
                 chunk, writer = finish(), None
@@ -836,62 +874,60 @@ def write_chunks(
 
 
 class Pipeline:
-    """Stages that run at the same time, each in a thread of its own, joined by short queues.
+    """Stages that run at the same time, each in a thread of its own and one result ahead of the next.
 
     Leaving the `with` block ends every thread after the step at hand, for which it waits a moment. An error in a
     stage comes out of the next one, and so reaches the caller.
     """
 
     def __init__(self):
-        self._closed = threading.Event()
-        self._threads: list[threading.Thread] = []
+        self._closed = False
+        self._stages: list[tuple[threading.Thread, threading.Semaphore]] = []
 
     def __enter__(self) -> Pipeline:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._closed.set()
-        for thread in self._threads:
+        self._closed = True
+        for _, wanted in self._stages:
+            wanted.release()
+        for thread, _ in self._stages:
             thread.join(timeout=0.3)  # not longer: Gradio closes a run in its event loop
 
-    def stage(self, items: Generator[T], heartbeat: bool = False) -> Iterator[T | None]:
-        """Run `items` in the background, one result ahead; with a heartbeat, None comes while there is none."""
-        results: queue.Queue = queue.Queue(1)
-
-        def put(item: T | None, end: BaseException | None = None) -> None:
-            while not self._closed.is_set():
-                with contextlib.suppress(queue.Full):
-                    return results.put((item, end), timeout=0.1)
-            raise CancelledError
+    def stage(self, items: Generator[T], gives_way: bool = False, heartbeat: bool = False) -> Iterator[T | None]:
+        """Run `items` in the background; with a heartbeat, None comes while there is no result."""
+        results, wanted = queue.SimpleQueue(), threading.Semaphore()
 
         def run() -> None:
-            with contextlib.suppress(CancelledError), contextlib.closing(items):
+            if gives_way:
+                give_way()
+            with contextlib.closing(items):
                 try:
-                    for item in items:
-                        put(item)
-                    put(None, StopIteration())
-                except BaseException as error:  # whatever it is: the next stage must not wait for ever
-                    put(None, error)
+                    while wanted.acquire() and not self._closed:
+                        results.put((next(items), None))
+                    raise CancelledError
+                except BaseException as end:  # whatever it is: the next stage must not wait for ever
+                    results.put((None, end))
 
         def take() -> Iterator[T | None]:
-            while not self._closed.is_set():
+            while True:
                 try:
-                    item, end = results.get(timeout=HEARTBEAT_SECONDS if heartbeat else 0.1)
+                    item, end = results.get(timeout=HEARTBEAT_SECONDS if heartbeat else None)
                 except queue.Empty:
-                    if heartbeat:
-                        yield None
+                    yield None
                     continue
                 if isinstance(end, StopIteration):
                     return
-                if end:
-                    raise end
+                if end or self._closed:
+                    raise end or CancelledError
+                wanted.release()
                 yield item
-            raise CancelledError
 
         # In the caller's context, so that `gr.Warning` finds the page that it belongs to.
         context = contextvars.copy_context()
-        self._threads.append(threading.Thread(target=context.run, args=(run,), daemon=True))
-        self._threads[-1].start()
+        thread = threading.Thread(target=context.run, args=(run,), daemon=True)
+        self._stages.append((thread, wanted))
+        thread.start()
         return take()
 
 
@@ -910,7 +946,7 @@ def run_pipeline(
     with contextlib.closing(DetectionStore(video)) as store:
         place = store.place(start)
     with Pipeline() as pipeline:
-        batches = pipeline.stage(read_batches(video, place))
+        batches = pipeline.stage(read_batches(video, place), gives_way=True)
         detected = pipeline.stage(detect_batches(video, batches, place.slot, deadline))
         yield from pipeline.stage(
             write_chunks(video, detected, conf_threshold, classes, folder, place.slot), heartbeat=True
@@ -1437,6 +1473,7 @@ def build_page() -> gr.Blocks:
 
 
 demo = build_page()
+gc.freeze()  # what the imports have made, millions of objects, is not searched for garbage while a stream runs
 
 if __name__ == "__main__":
     middleware = [Middleware(WithoutScreenRecorder)]

@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -137,14 +138,20 @@ class Side:
 
     def time_forward_passes(self) -> None:
         """From now on; on a GPU the loop then waits for each of them to end."""
+        running, started, lock = 0, 0.0, threading.Lock()  # several may run at once
 
-        def clock(sign: int) -> None:
+        def clock(change: int) -> None:
+            nonlocal running, started
             if self.model.device.type == "cuda":
                 torch.cuda.synchronize()
-            self.forward_seconds += sign * time.perf_counter()
+            with lock:
+                now = time.perf_counter()
+                if running:
+                    self.forward_seconds += now - started
+                running, started = running + change, now
 
-        self.model.register_forward_pre_hook(lambda *_: clock(-1))
-        self.model.register_forward_hook(lambda *_: clock(+1))
+        self.model.register_forward_pre_hook(lambda *_: clock(+1))
+        self.model.register_forward_hook(lambda *_: clock(-1))
 
     def play(self, video: str, with_gradio: bool = False) -> dict[str, float]:
         """Play a video, and return the seconds that things took and the number of its output frames."""
