@@ -77,7 +77,8 @@ WORKER_FRAMES = {"cpu": 8, "mps": 16, "cuda": 30}
 LARGE_MODEL = 10_000_000  # parameters
 BATCH_BYTES = 128 << 20  # of decoded frames
 CPU_THREADS = torch.get_num_threads()
-ENCODER_THREADS = max(1, CPU_THREADS // 2)
+HELPER_THREADS = max(1, CPU_THREADS // 2)  # for OpenCV and x264 each, so that the stages do not fight over the cores
+cv2.setNumThreads(HELPER_THREADS)
 # What most of the model calculates in; by default float16 on CUDA, bfloat16 where the CPU has instructions for it.
 PRECISION = os.environ.get("PRECISION", "")
 
@@ -464,11 +465,18 @@ GrabbedFrame = tuple[float, Callable[[], np.ndarray]]  # its time in seconds, an
 def opencv_frames(video: VideoInfo) -> Iterator[GrabbedFrame]:
     """Every frame that OpenCV decodes. An image must be asked for before the next frame is."""
     capture = cv2.VideoCapture(video.path, cv2.CAP_FFMPEG)
+    image = None
+
+    def retrieve() -> np.ndarray:
+        nonlocal image  # the memory of the last one is used again
+        image = capture.retrieve(image)[1]
+        return image
+
     try:
         while capture.grab():
             # OpenCV counts from the header's start, which need not be the first frame's.
             pts_seconds = video.stream_start_seconds + capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
-            yield pts_seconds - video.start_seconds, lambda: capture.retrieve()[1]
+            yield pts_seconds - video.start_seconds, retrieve
     finally:
         capture.release()
 
@@ -778,7 +786,7 @@ class ChunkWriter:
         # One key frame, at the start, is enough for a chunk. CRF 23 is x264's own default quality.
         options = {"preset": "superfast", "coder": "vlc", "crf": "23", "g": "100000", "bf": "0"}
         self._video = self._container.add_stream("libx264", rate=fps, options=options)
-        self._video.codec_context.thread_count = ENCODER_THREADS
+        self._video.codec_context.thread_count = HELPER_THREADS
         self._video.width, self._video.height = size
         self._video.pix_fmt = "yuv420p"
         self._video.time_base = self._video.codec_context.time_base = self._time_base

@@ -2,6 +2,7 @@
 
     python tests/benchmark.py                                    # the shipped model, rendered streets, 5 minutes
     python tests/benchmark.py --model r50 --seconds 2 --rounds 1 # a full-size model needs shorter videos on a CPU
+    python tests/benchmark.py --model r50 --outside              # without its forward pass: minutes, also on a CPU
     python tests/benchmark.py --video street.mp4 --device cuda   # any video, on a GPU
     python tests/benchmark.py --memory                           # does memory grow with the video?
 
@@ -110,6 +111,7 @@ class Job(NamedTuple):
     video: str
     warm_up: str = ""  # another video; without one, only the memory is measured
     resolution: str = "Half (fast)"  # one of the app's; the guide knows no other
+    asks_model: bool = True  # or only the constant answer is measured
 
 
 class Side:
@@ -125,14 +127,15 @@ class Side:
             self.model = app.DETECTOR.model
             updates = partial(app.stream_object_detection, conf_threshold=CONF_THRESHOLD, resolution=job.resolution)
             self.stream = lambda video, _: (update.chunk for update in updates(video))
-            self.precision = str(app.DETECTOR.dtype)
+            precision = str(app.DETECTOR.dtype)
         else:
             source = os.environ["MODEL_ID"]
             processor = RTDetrImageProcessorPil.from_pretrained(source)
             self.model = AutoModelForObjectDetection.from_pretrained(source, dtype=torch.float32).eval()
             self.model = self.model.to("cuda" if torch.cuda.is_available() else "cpu")
             self.stream = lambda video, folder: guide_stream(video, folder, self.model, processor)
-            self.precision = "torch.float32"
+            precision = "torch.float32"
+        self.name = f"{precision} on {self.model.device}".replace("torch.", "")
         self.player = gr.Video(streaming=True)
         self.forward_seconds = 0.0
 
@@ -204,6 +207,10 @@ def measure(job: Job) -> dict[str, float | str]:
         side.play(job.video)
         return {"memory_mb": memory_mb("VmHWM") - idle_mb}
     side.play(job.warm_up, with_gradio=True)
+    if not job.asks_model:
+        side.answer_constantly()
+        outside = side.play(job.video)
+        return {"outside": 1000 * outside["total"] / outside["frames"], "model": side.name}
     if job.side == "guide":
         side.time_forward_passes()  # it waits for them anyway
     page = side.play(job.video, with_gradio=True)
@@ -227,7 +234,7 @@ def measure(job: Job) -> dict[str, float | str]:
         "first_chunk_seconds": page["first_chunk"],
         "memory_mb": peak_mb - idle_mb,
         "fps": frames / page["total"],
-        "model": f"{side.precision} on {side.model.device}".replace("torch.", ""),
+        "model": side.name,
     }
 
 
@@ -332,24 +339,26 @@ ROWS = {  # what `measure` returns: its name in the table, and how it is written
 }
 
 
-def compare(video: str, warm_up: str, rounds: int) -> list[str]:
+def compare(video: str, warm_up: str, rounds: int, asks_model: bool) -> list[str]:
     """The lines of one video's table: medians of the rounds, and the median of their ratios."""
     turns: dict[str, list[dict]] = {"guide": [], "app": []}
     for number in range(rounds):
         # Whoever comes second in one round comes first in the next.
         for side in sorted(turns, reverse=number % 2 == 0):
-            turns[side].append(run_in_its_own_process(Job(side, video, warm_up)))
+            turns[side].append(run_in_its_own_process(Job(side, video, warm_up, asks_model=asks_model)))
     with av.open(video) as container:
         stream = container.streams.video[0]
         title = f"{stream.width}x{stream.height}, {stream.frames} frames at {float(stream.average_rate):.4g} per second"
     lines = ["", f"| {title} | guide | app | app / guide |", "|---|--:|--:|--:|"]
     for key, (name, form) in ROWS.items():
+        if key not in turns["app"][0]:
+            continue
         guide, app = ([turn[key] for turn in turns[side]] for side in ("guide", "app"))
         ratio = statistics.median(b / a if a else math.nan for a, b in zip(guide, app, strict=True))
         values = " | ".join(form.format(statistics.median(rounds)) for rounds in (guide, app))
         lines.append(f"| {name} | {values} | {ratio:.2f} |")
     models = ", ".join(f"{side} {turns[side][0]['model']}" for side in turns)
-    return [*lines, "", f"Model: {os.environ['MODEL_ID']}; {models}; {rounds} rounds."]
+    return [*lines, "", f"Model: {Path(os.environ['MODEL_ID']).name}; {models}; rounds: {rounds}."]
 
 
 def compare_memory(folder: Path) -> list[str]:
@@ -374,6 +383,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", help="handed to the app in PRECISION; the guide runs in float32")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default 3)")
     parser.add_argument("--seconds", type=float, default=8, help="at most this much of each video (default 8)")
+    parser.add_argument("--outside", action="store_true", help="only what is outside the forward pass")
     parser.add_argument("--memory", action="store_true", help="compare the app's peak memory instead")
     options = parser.parse_args(arguments)
     if options.device == "cpu":
@@ -400,7 +410,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         else:
             videos = [render_street(folder / f"street-{w}x{h}.mp4", w, h, options.seconds) for w, h in SIZES]
         for video in videos:
-            print(*compare(video, warm_up, options.rounds), sep="\n", flush=True)
+            print(*compare(video, warm_up, options.rounds, not options.outside), sep="\n", flush=True)
 
 
 if __name__ == "__main__":
