@@ -280,6 +280,9 @@ def limit_ffmpeg_memory() -> None:
 
 
 limit_ffmpeg_memory()
+if sys.platform == "linux":  # or each thread of a run could leave the memory of a batch in an arena of its own
+    M_ARENA_MAX = -8  # of GNU's C library, which PyTorch for Linux needs
+    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 if missing := [tool for tool in ("ffmpeg", "ffprobe") if not shutil.which(tool)]:
     sys.exit(f"This app needs {' and '.join(missing)}, which cannot be found: please install ffmpeg.")
@@ -913,9 +916,10 @@ class Pipeline:
                 try:
                     while wanted.acquire() and not self._closed:
                         results.put((next(items), None))
-                    raise CancelledError
                 except BaseException as end:  # whatever it is: the next stage must not wait for ever
-                    results.put((None, end))
+                    if not self._closed:  # or its traceback would keep the frames of a run that nobody takes up
+                        results.put((None, end))
+                results.put((None, CancelledError()))
 
         def take() -> Iterator[T | None]:
             while True:
