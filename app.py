@@ -1334,6 +1334,7 @@ def stream_to_page(
         except Exception as error:
             failure = sentence_for(error)
         if run.is_replaced:
+            yield (gr.skip(),) * 5  # Gradio sends the last output again when a run ends: not over its successor's
             return
         files = gr.skip()
         if report and report.frames:  # what has been found stays, also when something has failed since
