@@ -165,6 +165,8 @@ class Detector:
 
     def __call__(self, frames: list[np.ndarray]) -> list[Found]:
         """Detect objects on `frames`, uint8 (H, W, 3) BGR of one size."""
+        # In a forked process PyTorch sets up its threads anew at their first use, which must not be in two at once.
+        torch.set_num_threads(torch.get_num_threads())
         size = math.ceil(len(frames) / self._workers._max_workers)
         parts = [frames[start : start + size] for start in range(0, len(frames), size)]
         return list(itertools.chain(*self._workers.map(self._detect, parts)))
@@ -689,7 +691,8 @@ class DetectionStore:
         rows = self._database.execute(f"SELECT slot, found FROM frames WHERE slot IN ({slots})").fetchall()
         return {slot: np.frombuffer(found, np.float32).reshape(-1, 6) for slot, found in rows}
 
-    def save(self, frames: Sequence[Frame], found: Sequence[Found]) -> None:
+    def save(self, frames: Sequence[Frame], found: Sequence[Found], known: int) -> None:
+        """Keep what was found on `frames`; with them the first `known` output frames are known."""
         rows = [
             (frame.slot, frame.index, frame.pts_seconds, *frame.image.shape[1::-1], rows.tobytes())
             for frame, rows in zip(frames, found, strict=True)
@@ -697,15 +700,13 @@ class DetectionStore:
         with self._database as database:
             database.execute("BEGIN")
             database.executemany("INSERT OR REPLACE INTO frames VALUES (?, ?, ?, ?, ?, ?)", rows)
+            if known > self.known:
+                database.execute(f"PRAGMA user_version = {known}")
 
     @property
     def known(self) -> int:
         """How many output frames are known from the first one on; `ALL` when none is missing."""
         return self._database.execute("PRAGMA user_version").fetchone()[0]
-
-    def mark_known(self, slots: int) -> None:
-        if slots > self.known:
-            self._database.execute(f"PRAGMA user_version = {slots}")
 
     def place(self, slot: int) -> Place:
         """Where to go on reading for output frame `slot`, which may be the first one that is not known."""
@@ -734,17 +735,16 @@ def detect_batches(
     with contextlib.closing(DetectionStore(video)) as store:
         for batch in batches:
             frames = {frame.slot: frame for frame in batch}  # a frame that is shown for longer comes once
-            known = store.load(frames)
+            known, found = store.load(frames), []
             if new := [frame for slot, frame in frames.items() if slot not in known]:
                 if time.monotonic() > deadline:
                     return
                 found = DETECTOR([frame.image for frame in new])
-                store.save(new, found)
                 known |= zip((frame.slot for frame in new), found, strict=True)
             slots += len(batch)
-            store.mark_known(slots)
+            store.save(new, found, slots)
             yield [(frame, known[frame.slot]) for frame in batch]
-        store.mark_known(store.ALL)
+        store.save([], [], store.ALL)
 
 
 class FrameDetections(NamedTuple):
@@ -802,7 +802,7 @@ class ChunkWriter:
 
     def write(self, image: np.ndarray) -> None:
         """Add a frame, uint8 (H, W, 3) BGR."""
-        frame = av.VideoFrame.from_ndarray(cv2.cvtColor(image, cv2.COLOR_BGR2YUV_I420), format="yuv420p")
+        frame = av.VideoFrame.from_numpy_buffer(cv2.cvtColor(image, cv2.COLOR_BGR2YUV_I420), format="yuv420p")
         frame.pts, frame.time_base = self._frames, self._time_base
         self._frames += 1
         self._mux_video(frame)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 import time
 
 import gradio as gr
@@ -100,6 +101,31 @@ def lend(arguments, results):
     for update in app.stream_object_detection(**arguments.get()):
         results.put(update)
     results.put("end")
+
+
+def detect_in_forks(count, report):
+    """How many of the forked processes could ask the model, each in a thread other than its first one."""
+    app.torch.set_num_threads(1)
+    frames = [np.zeros((90, 160, 3), np.uint8)] * app.DETECTOR.batch_frames
+    fork = multiprocessing.get_context("fork")
+    good = 0
+    for _ in range(count):
+        found = fork.SimpleQueue()
+        ask = threading.Thread(target=lambda found=found: found.put(len(app.DETECTOR(frames))))
+        worker = fork.Process(target=lambda ask=ask: (ask.start(), ask.join()))
+        worker.start()
+        worker.join(20)
+        good += not found.empty()
+    report.put(good)
+
+
+def test_every_forked_worker_can_use_pytorch():
+    spawn = multiprocessing.get_context("spawn")
+    report = spawn.Queue()
+    process = spawn.Process(target=detect_in_forks, args=(40, report))
+    process.start()
+    assert report.get(timeout=120) == 40
+    process.join(20)
 
 
 def space(video, report):
