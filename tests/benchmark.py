@@ -176,7 +176,7 @@ class Side:
         self.player.end_stream_output("processed")
         loop.close()
         times = {"total": total, "cpu": cpu, "forward": self.forward_seconds, "conversion": conversion}
-        return times | {"first_chunk": first_chunk, "frames": sum(av.open(c).streams.video[0].frames for c in chunks)}
+        return times | {"first_chunk": first_chunk, "frames": sum(map(count_frames, chunks))}
 
     def answer_constantly(self) -> None:
         """Replace the forward pass by one that takes no time and finds the same things in every frame."""
@@ -196,19 +196,24 @@ class Side:
         self.model.forward = forward
 
 
+def count_frames(video: str) -> int:
+    with av.open(video) as container:
+        return container.streams.video[0].frames
+
+
 def measure(job: Job) -> dict[str, float | str]:
     """One turn of one side, in milliseconds per output frame where no unit is named."""
     side = Side(job)
     idle_mb = memory_mb("VmRSS")
     if Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak, which loading a model may have set
-    if not job.warm_up:
+    if not job.asks_model:
         side.answer_constantly()
+    if not job.warm_up:
         side.play(job.video)
         return {"memory_mb": memory_mb("VmHWM") - idle_mb}
     side.play(job.warm_up, with_gradio=True)
     if not job.asks_model:
-        side.answer_constantly()
         outside = side.play(job.video)
         return {"outside": 1000 * outside["total"] / outside["frames"], "model": side.name}
     if job.side == "guide":
@@ -361,8 +366,8 @@ def compare(video: str, warm_up: str, rounds: int, asks_model: bool) -> list[str
     return [*lines, "", f"Model: {Path(os.environ['MODEL_ID']).name}; {models}; rounds: {rounds}."]
 
 
-def compare_memory(folder: Path) -> list[str]:
-    """The app's peaks, with a constant answer: for a short video and a long one, and for 4K."""
+def compare_memory(folder: Path, asks_model: bool) -> list[str]:
+    """The app's peaks: for a short video and a long one, and for 4K."""
     clip = render_street(folder / "clip.mp4", 480, 270, 10)
     large = render_street(folder / "4k.mp4", 3840, 2160, 6)
     jobs = {
@@ -372,7 +377,10 @@ def compare_memory(folder: Path) -> list[str]:
         "3840x2160, six seconds, in full size": Job("app", large, resolution="Full"),
     }
     lines = ["", "| the app's peak memory above the idle process | |", "|---|--:|"]
-    return lines + [f"| {n} | {run_in_its_own_process(job)['memory_mb']:.0f} MB |" for n, job in jobs.items()]
+    for name, job in jobs.items():
+        peak = run_in_its_own_process(job._replace(asks_model=asks_model))["memory_mb"]
+        lines.append(f"| {name} | {peak:.0f} MB |")
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -383,7 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--precision", help="handed to the app in PRECISION; the guide runs in float32")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default 3)")
     parser.add_argument("--seconds", type=float, default=8, help="at most this much of each video (default 8)")
-    parser.add_argument("--outside", action="store_true", help="only what is outside the forward pass")
+    parser.add_argument("--outside", action="store_true", help="a constant answer instead of the forward pass")
     parser.add_argument("--memory", action="store_true", help="compare the app's peak memory instead")
     options = parser.parse_args(arguments)
     if options.device == "cpu":
@@ -401,7 +409,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cpu = torch.backends.cpu.get_cpu_capability()
         print(f"{os.cpu_count()} cores ({cpu}), {gpu}, torch {torch.__version__}", flush=True)
         if options.memory:
-            print(*compare_memory(folder), sep="\n")
+            print(*compare_memory(folder, not options.outside), sep="\n")
             return
         warm_up = render_street(folder / "warm-up.mp4", 160, 96, seconds=2, fps=4)
         if options.video:
