@@ -142,6 +142,9 @@ class Detector:
         self.fingerprint = f"{config.to_json_string()}{processor}{self.device}{self.dtype}{weights}"
         if self.dtype != torch.bfloat16:  # it has too few digits for the folded weights
             fold_batch_norms(model)
+        for module in model.modules():
+            if isinstance(module, torch.nn.ReLU):
+                module.inplace = True  # saves memory, and a pass over it
         self.model = model.eval().to(memory_format=torch.channels_last).to(self.device)
         if self.dtype != torch.float32:
             # Most of the work, but not the decoder: it chooses between queries that are nearly alike.
