@@ -700,11 +700,13 @@ class DetectionStore:
             (frame.slot, frame.index, frame.pts_seconds, *frame.image.shape[1::-1], rows.tobytes())
             for frame, rows in zip(frames, found, strict=True)
         ]
+        if not rows and known <= self.known:
+            return
         with self._database as database:
-            database.execute("BEGIN")
+            # IMMEDIATE waits for another process; a transaction that reads before it writes would fail instead.
+            database.execute("BEGIN IMMEDIATE")
             database.executemany("INSERT OR REPLACE INTO frames VALUES (?, ?, ?, ?, ?, ?)", rows)
-            if known > self.known:
-                database.execute(f"PRAGMA user_version = {known}")
+            database.execute(f"PRAGMA user_version = {max(known, self.known)}")
 
     @property
     def known(self) -> int:
@@ -738,7 +740,8 @@ def detect_batches(
     with contextlib.closing(DetectionStore(video)) as store:
         for batch in batches:
             frames = {frame.slot: frame for frame in batch}  # a frame that is shown for longer comes once
-            known, found = store.load(frames), []
+            known = store.load(frames)
+            found: list[Found] = []
             if new := [frame for slot, frame in frames.items() if slot not in known]:
                 if time.monotonic() > deadline:
                     return

@@ -1,8 +1,10 @@
 """What was found is kept: no frame goes through the model twice, and the files say where each thing was."""
 
+import contextlib
 import csv
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -55,6 +57,17 @@ def test_a_restart_in_mid_stream_costs_only_the_rest(video, monkeypatch):
             thread.join(timeout=2)
     run(video, 0.6)
     assert sum(passes) == 41
+
+
+def test_what_is_kept_waits_for_another_process_that_writes(video):
+    with contextlib.closing(app.DetectionStore(app.read_video_info(video))) as store:
+        other = sqlite3.connect(store.path, isolation_level=None, check_same_thread=False)
+        other.execute("BEGIN IMMEDIATE")
+        threading.Timer(0.3, other.close).start()
+        store.save([], [], 5)
+        assert store.known == 5
+        store.save([], [], 3)
+        assert store.known == 5
 
 
 def test_another_process_knows_what_this_one_has_found(video, monkeypatch):
