@@ -103,6 +103,24 @@ def lend(arguments, results):
     results.put("end")
 
 
+def run_as_a_space(main, *arguments):
+    """What `main`, a Space's main process, reports. Spawned, so that nothing of the tests' own process is in it."""
+    spawn = multiprocessing.get_context("spawn")
+    report = spawn.Queue()
+    process = spawn.Process(target=main, args=(*arguments, report))
+    process.start()
+    reported = report.get(timeout=120)
+    process.join(20)
+    assert process.exitcode == 0
+    return reported
+
+
+def detect_in_a_thread(frames, found):
+    thread = threading.Thread(target=lambda: found.put(len(app.DETECTOR(frames))))
+    thread.start()
+    thread.join()
+
+
 def detect_in_forks(count, report):
     """How many of the forked processes could ask the model, each in a thread other than its first one."""
     app.torch.set_num_threads(1)
@@ -111,8 +129,7 @@ def detect_in_forks(count, report):
     good = 0
     for _ in range(count):
         found = fork.SimpleQueue()
-        ask = threading.Thread(target=lambda found=found: found.put(len(app.DETECTOR(frames))))
-        worker = fork.Process(target=lambda ask=ask: (ask.start(), ask.join()))
+        worker = fork.Process(target=detect_in_a_thread, args=(frames, found))
         worker.start()
         worker.join(20)
         good += not found.empty()
@@ -120,12 +137,7 @@ def detect_in_forks(count, report):
 
 
 def test_every_forked_worker_can_use_pytorch():
-    spawn = multiprocessing.get_context("spawn")
-    report = spawn.Queue()
-    process = spawn.Process(target=detect_in_forks, args=(40, report))
-    process.start()
-    assert report.get(timeout=120) == 40
-    process.join(20)
+    assert run_as_a_space(detect_in_forks, 40) == 40
 
 
 def space(video, report):
@@ -146,15 +158,8 @@ def space(video, report):
                 break
         worker.join(10)
         start = len(numbers)
-    report.put((numbers, start))
+    report.put(numbers)
 
 
 def test_a_forked_worker_is_killed_and_another_one_goes_on(video):
-    spawn = multiprocessing.get_context("spawn")
-    report = spawn.Queue()
-    process = spawn.Process(target=space, args=(video, report))
-    process.start()
-    numbers, _ = report.get(timeout=120)
-    process.join(20)
-    assert process.exitcode == 0
-    assert numbers == list(range(0, 122, 2))
+    assert run_as_a_space(space, video) == list(range(0, 122, 2))
