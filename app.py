@@ -808,7 +808,8 @@ class ChunkWriter:
 
     def write(self, image: np.ndarray) -> None:
         """Add a frame, uint8 (H, W, 3) BGR."""
-        frame = av.VideoFrame.from_numpy_buffer(cv2.cvtColor(image, cv2.COLOR_BGR2YUV_I420), format="yuv420p")
+        # Not `from_numpy_buffer`: PyAV 18.1 misreads its colour planes unless the height is a multiple of four.
+        frame = av.VideoFrame.from_ndarray(cv2.cvtColor(image, cv2.COLOR_BGR2YUV_I420), format="yuv420p")
         frame.pts, frame.time_base = self._frames, self._time_base
         self._frames += 1
         self._mux_video(frame)
@@ -1131,8 +1132,26 @@ class Report:
 
     def counts(self) -> pd.DataFrame:
         """How many of each class there are at most in each second, or in more for long videos."""
-        rows = [(second, label, most[label]) for second, most in self._counts.items() for label, *_ in self.table()]
+        rows = [(second, label, most[label]) for second, most in self._counts.items() for label in sorted(self._rows)]
         return pd.DataFrame(rows, columns=["second", "class", "count"])
+
+    def plot(self) -> dict:
+        """An update of the page's plot.
+
+        `gr.LinePlot` draws its scales and legend anew only when one of its properties changes, not with new rows: a
+        class that is missing in `color_map` stays invisible. Fixed limits keep the axes still.
+        """
+        counts = self.counts()
+        if counts.empty:
+            return gr.update(visible=False)
+        top = max(5, counts["count"].max())  # with fewer, the axis would have ticks at halves
+        return gr.update(
+            value=counts,
+            color_map={label: label_color(label) for label in sorted(self._rows)},
+            x_lim=[0, self.video.duration_seconds],
+            y_lim=[0, int(top)],
+            visible=True,
+        )
 
     def as_dict(self) -> dict:
         """What the JSON file holds; README.md describes it."""
@@ -1304,6 +1323,13 @@ def sentence_for(error: Exception) -> gr.Error:
     return gr.Error("Something went wrong on the server. Its log says what.", title="Error")
 
 
+def forget_partial_downloads(session: str) -> None:
+    """Gradio joins a stream's chunks at the first download and keeps that file, even if more chunks come later."""
+    for streams in demo.pending_streams.get(session, {}).values():
+        for stream in streams.values():
+            stream.combined_file = None
+
+
 def stream_to_page(
     video: str | None, conf_threshold: float, classes: list[str], resolution: str, request: gr.Request
 ) -> Iterator[tuple]:
@@ -1320,13 +1346,13 @@ def stream_to_page(
         if run.stopped.wait(SETTLE_SECONDS):
             return
         if video is None:
-            yield gr.update(value=None), WELCOME, None, None, gr.update(value=None, visible=False)
+            yield gr.update(value=None), WELCOME, None, NO_PLOT, gr.update(value=None, visible=False)
             return
         report, failure = None, None
         try:
             info = read_video_info(video, resolution)
             report = Report(info, conf_threshold, classes)
-            yield gr.skip(), report.status(), None, None, gr.update(value=None, visible=False)
+            yield gr.skip(), report.status(), None, NO_PLOT, gr.update(value=None, visible=False)
             with contextlib.closing(updates_of(info, conf_threshold, classes)) as updates:
                 for update in updates:
                     if run.stopped.is_set():
@@ -1334,7 +1360,7 @@ def stream_to_page(
                     if update:
                         report.add(update)
                     if update and update.chunk:
-                        yield update.chunk, report.status(), report.table(), report.counts(), gr.skip()
+                        yield update.chunk, report.status(), report.table(), report.plot(), gr.skip()
                     else:
                         yield gr.skip(), report.status(), gr.skip(), gr.skip(), gr.skip()
         except Exception as error:
@@ -1351,9 +1377,10 @@ def stream_to_page(
         if failure:
             yield gr.skip(), failure.message, gr.skip(), gr.skip(), files
             raise failure
+        forget_partial_downloads(request.session_hash)
         is_whole = known_frames(info) == DetectionStore.ALL
         ended = "Stopped" if run.stopped.is_set() else "Done" if is_whole else "Paused"
-        yield gr.skip(), report.status(ended), report.table(), report.counts(), files
+        yield gr.skip(), report.status(ended), report.table(), report.plot(), files
 
 
 def detect_video(
@@ -1406,6 +1433,30 @@ class WithoutScreenRecorder:
 
 WEBCAM = gr.WebcamOptions(constraints={"video": {"width": {"ideal": 1280}, "height": {"ideal": 720}}})
 WELCOME = "Upload a video, record one, or click on an example."
+NO_PLOT = gr.update(visible=False)
+# Gradio's slider reports every keystroke in its number box, also an empty box or a number out of range, which it then
+# refuses with an error over the player. Here such a value never leaves the box; when the box loses the focus, it is
+# clamped, and an empty box gets its last good value back.
+HEAD = """
+<script>
+const isNumberBox = (box) => box.matches?.("#threshold input[type=number]");
+const isGood = (box) => box.value !== "" && +box.value >= +box.min && +box.value <= +box.max;
+document.addEventListener("focusin", ({target: box}) => {
+    if (isNumberBox(box) && isGood(box)) box.lastGood = box.value;
+});
+document.addEventListener("input", (event) => {
+    const box = event.target;
+    if (!isNumberBox(box)) return;
+    if (isGood(box)) box.lastGood = box.value;
+    else event.stopImmediatePropagation();
+}, true);
+document.addEventListener("focusout", ({target: box}) => {
+    if (!isNumberBox(box) || isGood(box)) return;
+    box.value = box.value === "" ? box.lastGood : Math.min(box.max, Math.max(box.min, box.value));
+    box.dispatchEvent(new Event("input", {bubbles: true}));
+}, true);
+</script>
+"""
 CSS = """
 #source video { max-height: clamp(180px, 28vw, 430px); object-fit: contain; }
 """
@@ -1422,7 +1473,9 @@ def build_page() -> gr.Blocks:
             with gr.Column():
                 # With `include_audio=False` Gradio would give each upload, unchecked, to ffmpeg.
                 source = gr.Video(label="Video source", include_audio=True, webcam_options=WEBCAM, elem_id="source")
-                conf_threshold = gr.Slider(0, 1, value=0.30, step=0.05, label="Confidence threshold")
+                conf_threshold = gr.Slider(
+                    0, 1, value=0.30, step=0.05, label="Confidence threshold", elem_id="threshold"
+                )
                 classes = gr.Dropdown(
                     list(DETECTOR.id2label.values()), multiselect=True, label="Classes", info="None means all."
                 )
@@ -1449,7 +1502,9 @@ def build_page() -> gr.Blocks:
                     x="second",
                     y="count",
                     color="class",
-                    color_map={label: label_color(label) for label in DETECTOR.id2label.values()},
+                    y_axis_format="d",
+                    elem_id="plot",
+                    visible=False,
                     show_label=False,
                     x_title="Seconds",
                     y_title="Most at once",
@@ -1496,4 +1551,4 @@ gc.freeze()  # what the imports have made, millions of objects, is not searched 
 
 if __name__ == "__main__":
     middleware = [Middleware(WithoutScreenRecorder)]
-    demo.launch(css=CSS, max_file_size=MAX_UPLOAD, app_kwargs={"middleware": middleware})
+    demo.launch(css=CSS, head=HEAD, max_file_size=MAX_UPLOAD, app_kwargs={"middleware": middleware})

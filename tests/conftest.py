@@ -74,9 +74,12 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser, server) -> Iterator[Page]:
-    """The app in a fresh tab, loaded."""
+    """The app in a fresh tab, loaded. No script may fail in it."""
     tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    errors = []
+    tab.on("pageerror", lambda error: errors.append(f"{error.message} {error.stack}"))
     tab.goto(server)
     tab.get_by_label("Confidence threshold").first.wait_for()
     yield tab
     tab.close()
+    assert not errors

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import expect
-from videos import Kind, ffmpeg
+from videos import Kind, assert_colours, ffmpeg
 
 import app
 from draw_boxes import label_color
@@ -152,6 +152,68 @@ def test_the_title_names_the_model_that_is_loaded(page):
     expect(page.get_by_role("heading")).to_have_text("Video object detection with shapes-rtdetr")
 
 
+def test_colours_are_right_in_the_player_and_in_the_download(page, tmp_path):
+    """At a height of 2 mod 4, where the colours were once below their shapes."""
+    path = Kind("colours", frames=70, size=(320, 180)).make(tmp_path)
+    page.get_by_label("number input for Confidence threshold").fill("1")
+    upload(page, path)
+    assert wait_for(page, lambda state: state["ended"])["height"] == 90
+    assert_colours(picture_of(page))
+    with av.open(download(page)) as container:
+        for frame in container.decode(video=0):
+            assert_colours(frame.to_ndarray(format="rgb24"))
+
+
+def test_the_plot_draws_every_class_of_the_table(page):
+    """Also those that first appear after its first update: a star, and later a circle."""
+    upload(page, app.EXAMPLES / "rising-shapes.mp4")
+    expect(page.locator("#status")).to_contain_text("Done", timeout=60_000)
+    page.wait_for_timeout(1000)
+    table = page.locator("#table").inner_text()
+    classes = [name for name in app.DETECTOR.id2label.values() if name in table]
+    lines = page.locator("#plot svg .mark-line.role-mark path[stroke]")
+    colours = {line.get_attribute("stroke") for line in lines.all()}
+    assert colours == {label_color(name) for name in classes}
+    assert len(colours) >= 4
+    ticks = page.locator("#plot svg .role-axis-label").last.locator("text").all_text_contents()
+    assert ticks == [str(number) for number in range(len(ticks))], "whole numbers, each once"
+
+
+def test_a_video_without_detections_has_no_plot(page, tmp_path):
+    page.get_by_label("number input for Confidence threshold").fill("1")
+    upload(page, Kind("nothing", frames=30).make(tmp_path))
+    expect(page.locator("#status")).to_contain_text("Done", timeout=30_000)
+    expect(page.locator("#plot")).not_to_be_visible()
+
+
+def test_a_download_taken_during_the_stream_does_not_spoil_the_later_one(page, long_video):
+    upload(page, long_video)
+    wait_for(page, lambda state: state["time"] > 0.3)
+    early, _ = download_and_count(page)
+    expect(page.locator("#status")).to_contain_text("Done", timeout=60_000)
+    frames, _ = download_and_count(page)
+    assert early < frames == math.ceil(len(app.read_video_info(str(long_video)).pts_seconds) / 2)
+
+
+@pytest.mark.parametrize(("typed", "becomes"), [("", "0.45"), ("7", "1"), ("-3", "0")])
+def test_a_bad_number_in_the_threshold_box_is_mended_and_covers_nothing(page, typed, becomes):
+    box = page.get_by_label("number input for Confidence threshold")
+    box.fill("0.45")
+    upload(page, EXAMPLE)
+    wait_for(page, lambda state: state["time"] > 0.3)
+    box.fill(typed)
+    page.wait_for_timeout(700)
+    assert page.evaluate(PLAYER), "the video goes on"
+    box.press("Tab")
+    expect(box).to_have_value(becomes)
+    page.wait_for_timeout(700)
+    expect(page.locator("#status")).to_contain_text("Done", timeout=60_000)
+    expect(page.locator(".error, .toast-body")).to_have_count(0)
+    with page.expect_download() as saved:
+        page.locator("#files a").nth(1).click()
+    assert json.loads(Path(saved.value.path()).read_text())["threshold"] == float(becomes)
+
+
 # ------------------------------------------------------------------------------- the slider, classes, Stop
 
 
@@ -223,11 +285,16 @@ def test_stop_ends_the_run_and_what_was_streamed_can_be_downloaded(page, long_vi
     expect(page.locator("#files a")).to_have_count(2)
 
 
-def download_and_count(page):
-    """Frames and samples in the file that the player's download button gives."""
-    with page.expect_download() as download:
+def download(page):
+    """The file that the player's download button gives."""
+    with page.expect_download() as saved:
         page.locator("#processed a[download], #processed [aria-label=Download]").first.click()
-    path = download.value.path()
+    return saved.value.path()
+
+
+def download_and_count(page):
+    """Frames and samples in that file."""
+    path = download(page)
     with av.open(path) as container:
         frames = sum(1 for _ in container.decode(video=0))
     with av.open(path) as container:

@@ -254,7 +254,7 @@ def test_a_video_that_was_filmed_sideways_stands_upright(degrees, tmp_path, monk
     for readers in ((app.opencv_frames,), (app.pyav_frames,)):
         monkeypatch.setattr(app, "READERS", readers)
         output = play(path)
-        assert output.pictures[0].shape == (80, 48)
+        assert output.pictures[0].shape == (80, 48, 3)
         assert [read_number(picture) for picture in output.pictures] == [0, 2, 4, 6, 8]
 
 
@@ -304,7 +304,7 @@ def test_a_recording_that_changes_its_size_keeps_the_first_one(suffix, codec, tm
                         packet.stream = track
                         target.mux(packet)
     output = play(path)
-    assert {picture.shape for picture in output.pictures} == {(48, 80)}
+    assert {picture.shape for picture in output.pictures} == {(48, 80, 3)}
     assert [read_number(picture) for picture in output.pictures] == [*range(0, 30, 2)] * 2
 
 

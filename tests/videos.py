@@ -1,8 +1,8 @@
 """Videos of every kind, made with ffmpeg so that each frame and each beep is known, and how to read them back.
 
-Each picture carries its own number in a grid of 4 x 4 black and white cells: a marker in the first row, which
-shows that the picture is neither turned nor mirrored, and twelve bits in the other three. The sound has a
-beep of 50 ms at every whole second.
+Each picture carries its own number in a grid of 4 x 4 dark and light cells: a marker in the first row, which
+shows that the picture is neither turned nor mirrored, and twelve bits in the other three. Each quarter has a tint
+of its own, so that colours in the wrong place are noticed. The sound has a beep of 50 ms at every whole second.
 """
 
 import subprocess
@@ -20,6 +20,8 @@ import app
 MARKER = (1, 0, 1, 1)
 BEEP_SECONDS = 0.05
 BLACK, WHITE = 40, 215
+# What the four quarters add to red, green and blue; it leaves the brightness as it is.
+TINTS = np.array([[(40, -20, 0), (-40, 20, 0)], [(-13, 0, 40), (13, 0, -40)]])
 
 
 def ffmpeg(*args: object, stdin: bytes | None = None) -> None:
@@ -30,21 +32,35 @@ def ffmpeg(*args: object, stdin: bytes | None = None) -> None:
 
 
 def numbered_picture(number: int, width: int, height: int) -> np.ndarray:
-    """Gray picture (height, width) uint8 that says its number."""
+    """RGB picture (height, width, 3) uint8 that says its number."""
     bits = MARKER + tuple(number >> bit & 1 for bit in range(12))
-    grid = np.where(np.array(bits).reshape(4, 4), WHITE, BLACK).astype(np.uint8)
+    grid = np.where(np.array(bits).reshape(4, 4), WHITE, BLACK)[..., None] + TINTS.repeat(2, 0).repeat(2, 1)
     rows = np.arange(height) * 4 // height
     columns = np.arange(width) * 4 // width
-    return grid[rows][:, columns]
+    return grid.astype(np.uint8)[rows][:, columns]
 
 
 def read_number(picture: np.ndarray) -> int:
-    """The number that a gray picture says; fails if the picture is turned, mirrored or cropped."""
-    height, width = picture.shape
+    """The number that a picture (H, W, 3) says; fails if the picture is turned, mirrored or cropped."""
+    height, width = picture.shape[:2]
     centers = [[picture[h : h + 2, w : w + 2].mean() for w in _centers(width)] for h in _centers(height)]
     bits = (np.array(centers) > 128).flatten().astype(int)
     assert tuple(bits[:4]) == MARKER, f"the marker is not where it should be: {bits.reshape(4, 4)}"
     return sum(int(bit) << place for place, bit in enumerate(bits[4:]))
+
+
+def assert_colours(picture: np.ndarray, tolerance: float = 16) -> None:
+    """An RGB picture (H, W, 3) has the colours of its number: as a whole, in its corners, and along each edge."""
+    height, width = picture.shape[:2]
+    wanted = numbered_picture(read_number(picture), width, height).astype(int)
+    h, w = max(1, height // 8), max(1, width // 8)
+    regions = {"as a whole": np.s_[:], "top rows": np.s_[:h], "bottom rows": np.s_[-h:]}
+    regions |= {"left columns": np.s_[:, :w], "right columns": np.s_[:, -w:]}
+    regions |= {"top left": np.s_[:h, :w], "top right": np.s_[:h, -w:]}
+    regions |= {"bottom left": np.s_[-h:, :w], "bottom right": np.s_[-h:, -w:]}
+    for name, region in regions.items():
+        difference = picture[region].mean((0, 1)) - wanted[region].mean((0, 1))
+        assert np.abs(difference).max() < tolerance, f"{name}: red, green and blue are off by {difference.round()}"
 
 
 def _centers(length: int) -> list[int]:
@@ -89,6 +105,7 @@ class Kind:
     output_size: tuple[int, int] | None = None
     beep_shift: float = 0.0  # how much later the sound starts than the picture
     first_beep: float = 0.0  # some codecs swallow the first one
+    colour_tolerance: float = 16  # levels of 255
     after: Sequence[object] = field(default=())  # a second pass over the finished file, copying
 
     @property
@@ -107,8 +124,8 @@ class Kind:
         raw, sound = folder / f"{self.name}.raw", folder / f"{self.name}.wav"
         path = folder / f"{self.name}.{self.suffix}"
         raw.write_bytes(b"".join(numbered_picture(n, width, height).tobytes() for n in range(len(times))))
-        inputs = ["-f", "rawvideo", "-pix_fmt", "gray", "-s", f"{width}x{height}", "-r", self.rate, "-i", raw]
-        filters = "format=yuv420p"
+        inputs = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", self.rate, "-i", raw]
+        filters = "null"
         if self.times is not None:
             # Whole milliseconds; a sum of steps, since ffmpeg has no look-up table.
             table = "+".join(f"gte(N,{n})*{round((times[n] - times[n - 1]) * 1000)}" for n in range(1, len(times)))
@@ -135,7 +152,7 @@ class Kind:
 class Output:
     """What chunks say when they are played one after the other."""
 
-    pictures: list[np.ndarray]  # gray, (H, W) uint8
+    pictures: list[np.ndarray]  # RGB, (H, W, 3) uint8
     fps: Fraction
     seconds: float
     audio: np.ndarray  # int16 (samples, 2); no samples where there is no sound
@@ -154,7 +171,7 @@ def read_chunks(paths: Sequence[str | Path]) -> Output:
             rates.add(stream.average_rate)
             seconds += float(stream.duration * stream.time_base)
         with av.open(str(path)) as container:
-            pictures += [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
+            pictures += [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         with av.open(str(path)) as container:
             if container.streams.audio:
                 audio += [frame.to_ndarray().reshape(-1, 2) for frame in container.decode(audio=0)]
