@@ -17,6 +17,7 @@ warm-up on a tiny video, and then plays the video three times:
 
 import argparse
 import asyncio
+import contextlib
 import itertools
 import math
 import multiprocessing
@@ -30,7 +31,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,8 +125,19 @@ class Side:
             import app  # loads its model, so not in the guide's processes
 
             self.model = app.DETECTOR.model
-            updates = partial(app.stream_object_detection, conf_threshold=CONF_THRESHOLD, resolution=job.resolution)
-            self.stream = lambda video, _: (update.chunk for update in updates(video))
+
+            def stream(video: str, folder: str) -> Iterator[str]:
+                """As the page does it: in a thread, one chunk ahead."""
+                chunks = app.stream_object_detection(video, CONF_THRESHOLD, (), job.resolution, folder=folder)
+                updates, loop = app.in_background(chunks), asyncio.new_event_loop()
+                with contextlib.suppress(StopAsyncIteration):
+                    while True:
+                        update = loop.run_until_complete(anext(updates))
+                        if update:
+                            yield update.chunk
+                loop.close()
+
+            self.stream = stream
             precision = str(app.DETECTOR.dtype)
         else:
             source = os.environ["MODEL_ID"]
@@ -158,8 +169,7 @@ class Side:
 
     def play(self, video: str, with_gradio: bool = False) -> dict[str, float]:
         """Play a video, and return the seconds that things took and the number of its output frames."""
-        # A new cache folder each time: the app would not ask the model again about frames that it knows.
-        os.environ["GRADIO_TEMP_DIR"] = folder = tempfile.mkdtemp(dir=self.folder.name)
+        folder = tempfile.mkdtemp(dir=self.folder.name)
         chunks: list[str] = []
         self.forward_seconds, conversion, first_chunk = 0.0, 0.0, math.nan
         loop = asyncio.new_event_loop()

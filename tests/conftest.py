@@ -26,7 +26,7 @@ atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> Path:
-    """Gradio's cache folder of the server under test."""
+    """All files of the server under test: Gradio's cache is in `gradio`, temporary files are in `tmp`."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -36,7 +36,9 @@ def server_process(cache) -> Iterator[tuple[str, int]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_TEMP_DIR": str(cache)}
+    (cache / "tmp").mkdir()
+    folders = {"GRADIO_TEMP_DIR": str(cache / "gradio"), "TMPDIR": str(cache / "tmp")}
+    env = {**os.environ, **folders, "GRADIO_SERVER_PORT": str(port)}
     with (cache / "server.log").open("w") as log:
         process = subprocess.Popen([sys.executable, "app.py"], cwd=ROOT, env=env, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"

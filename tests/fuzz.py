@@ -1,4 +1,4 @@
-"""Damages small videos in a seeded way: each has to end in chunks or in a sentence, soon, and leave nothing behind.
+"""Damages small videos in a seeded way: each must soon end in chunks or in a sentence, and leave nothing behind.
 
     python tests/fuzz.py --files 500 --seed 0
 
@@ -30,10 +30,9 @@ from videos import ffmpeg, read_chunks
 import app
 
 SECONDS = 10  # for one file
-PATIENCE_SECONDS = 3 * SECONDS  # until a process that says nothing counts as hung
-MEMORY_BYTES = 500 << 20  # for one file, on top of what the app takes before it
-ADDRESS_BYTES = 4 << 30  # what a process may reserve more than at its start, so that the machine survives a bomb
-STAYS = ("detections-*.sqlite",)  # in the cache folder
+PATIENCE_SECONDS = 3 * SECONDS  # until a silent process counts as hung
+MEMORY_BYTES = 500 << 20  # for one file, on top of the app's own
+ADDRESS_BYTES = 4 << 30  # that a process may reserve on top of those at its start, so that the machine survives
 
 # Name, output options and size; eight frames and, where the container allows it, sound.
 X264 = "-c:v libx264 -pix_fmt yuv420p -g 4"
@@ -70,7 +69,7 @@ def make_sources(folder: Path) -> list[Path]:
 
 
 def damaged(data: bytes, other: bytes, rng: np.random.Generator) -> bytes:
-    """`data` with one to three injuries; `other` is what a foreign piece is taken from."""
+    """`data` with one to three injuries; a foreign piece comes from `other`."""
     for _ in range(rng.integers(1, 4)):
         # Often where the headers are, the first or the last bytes.
         places = [rng.integers(len(data)), rng.integers(400), len(data) - rng.integers(400)]
@@ -113,52 +112,50 @@ def damaged_files(count: int, seed: int, folder: Path) -> Iterator[Path]:
 
 
 class Outcome(NamedTuple):
-    """What became of a file; `failure` is empty if all is well."""
+    """How a file ended; `failure` is empty if all is well."""
 
     chunks: int
     error: str  # the sentence of a `gr.Error`
     seconds: float
-    memory_bytes: int  # at its peak, on top of what was there before
+    memory_bytes: int  # at its peak, on top of the app's own
     failure: str
 
 
 def check(path: str) -> Outcome:
-    """Send a file through the app, in this process."""
+    """Streams a file through the app, in this process."""
     gc.collect()
-    threads, files, memory = threading.active_count(), count_open_files(), forget_memory_peak()
+    threads, files, memory = set(threading.enumerate()), count_open_files(), forget_memory_peak()
+    with tempfile.TemporaryDirectory(prefix="chunks-") as folder:
+        started = time.monotonic()
+        chunks, error, failure = stream(path, folder)
+        seconds, memory_bytes = time.monotonic() - started, memory_peak() - memory
+        if memory_bytes > MEMORY_BYTES:
+            failure = failure or f"{memory_bytes >> 20} MB of memory"
+        try:
+            if chunks and not failure:
+                read_chunks(chunks)
+        except Exception as raised:
+            failure = f"a chunk cannot be played: {cause(raised)}"
+        failure = failure or left_behind(threads, files, set(os.listdir(folder)) - set(map(os.path.basename, chunks)))
+    return Outcome(len(chunks), error, seconds, memory_bytes, failure)
+
+
+def stream(path: str, folder: str) -> tuple[list[str], str, str]:
+    """The chunks of a file, the sentence of its error, and the failure, which is empty if all is well."""
     started = time.monotonic()
-    chunks, error, failure = [], "", ""
+    chunks: list[str] = []
     try:
-        app.read_video_info(path)
-        with contextlib.closing(app.stream_object_detection(path, 0.3, heartbeat=True)) as updates:
+        with contextlib.closing(app.stream_object_detection(path, 0.3, folder=folder, every_batch=True)) as updates:
             for update in updates:
-                chunks += [update.chunk] if update and update.chunk else []
+                chunks += [update.chunk] if update.chunk else []
                 if time.monotonic() - started > SECONDS:
-                    failure = f"no end after {SECONDS} s and {len(chunks)} chunks"
-                    break
-        if not chunks and not failure:
-            failure = "neither a chunk nor an error"
-    except gr.Error as raised:
-        error = raised.message
-        if not error.endswith(".") or os.path.dirname(path) in error or "Traceback" in error:
-            failure = f"not a sentence: {error}"
+                    return chunks, "", f"no end after {SECONDS} s and {len(chunks)} chunks"
+    except gr.Error as error:
+        is_sentence = error.message.endswith(".") and os.path.dirname(path) not in error.message
+        return chunks, error.message, "" if is_sentence else f"not a sentence: {error.message}"
     except BaseException as raised:
-        failure = cause(raised)
-    seconds = time.monotonic() - started
-    try:
-        if chunks and not failure:
-            read_chunks(chunks)
-    except Exception as raised:
-        failure = f"a chunk cannot be played: {cause(raised)}"
-    for chunk in chunks:
-        Path(chunk).unlink()
-    if chunks:
-        with contextlib.suppress(OSError):
-            Path(chunks[0]).parent.rmdir()  # as the caller of the generator has to
-    memory_bytes = memory_peak() - memory
-    if memory_bytes > MEMORY_BYTES:
-        failure = failure or f"{memory_bytes >> 20} MB of memory"
-    return Outcome(len(chunks), error, seconds, memory_bytes, failure or left_behind(threads, files))
+        return chunks, "", cause(raised)
+    return chunks, "", "" if chunks else "neither a chunk nor an error"
 
 
 def cause(error: BaseException) -> str:
@@ -169,15 +166,13 @@ def cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {error} ({Path(ours[-1].filename).name}:{ours[-1].lineno}, {ours[-1].name})"
 
 
-def left_behind(threads: int, files: int) -> str:
-    """What there is more of than before, after a moment's grace; empty if nothing."""
+def left_behind(threads: set[threading.Thread], files: int, names: set[str]) -> str:
+    """Threads and open files that were not there before and do not end within three seconds, and names of files."""
     deadline = time.monotonic() + 3
     while True:
         gc.collect()
-        left = {f"thread {thread.name}" for thread in threading.enumerate()[threads:]}
+        left = names | {f"thread {thread.name}" for thread in set(threading.enumerate()) - threads}
         left |= {"an open file"} if count_open_files() > files else set()
-        cache = Path(app.cache_folder())
-        left |= {p.name for p in cache.iterdir()} - {p.name for kept in STAYS for p in cache.glob(kept)}
         if not left or time.monotonic() > deadline:
             return f"left behind: {', '.join(sorted(left))}" if left else ""
         time.sleep(0.05)
@@ -199,14 +194,14 @@ def memory_peak() -> int:
 
 
 def serve(connection: Connection, sound: Path) -> None:
-    """Check each path that comes, after an undamaged one, which starts what is started only once."""
+    """Checks each path that comes. An undamaged one goes first, because some threads and files are made only once."""
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + ADDRESS_BYTES,) * 2)
-    shutil.rmtree(os.environ["GRADIO_TEMP_DIR"])  # its own; the next one goes away even if this process is killed
+    shutil.rmtree(os.environ["GRADIO_TEMP_DIR"])  # its own; the next one is removed even if this process is killed
     os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(dir=sound.parent)
     check(str(sound))
     gc.collect()
-    gc.freeze()  # what is there now stays, and need not be looked at again for each file
+    gc.freeze()  # spares each file a look at all objects that stay
     connection.send("ready")
     for path in iter(connection.recv, None):
         connection.send(check(path))
@@ -246,7 +241,7 @@ class Checker:
 
 
 def run(count: int, seed: int, keep: Path) -> dict[str, Outcome]:
-    """Check `count` damaged videos, and copy those that fail into `keep`."""
+    """Checks `count` damaged videos, and copies those that fail into `keep`."""
     outcomes = {}
     with tempfile.TemporaryDirectory() as folder:
         sound = Path(folder) / "sound.mp4"

@@ -1,4 +1,4 @@
-"""Nothing uploaded makes the server read another file, open a connection, or run out of memory or time."""
+"""No upload makes the server read another file, open a connection, or run out of memory or time."""
 
 import json
 import os
@@ -21,11 +21,11 @@ from videos import Kind, ask_for_whole_video, ffmpeg, read_chunks
 
 import app
 
-# ----------------------------------------------------------------------------------------------- neighbours
+# ---------------------------------------------------------------------------------------- a neighbouring server
 
 
 class Neighbour(ThreadingHTTPServer):
-    """A web server that hands out the secret video to all who ask, and counts them."""
+    """A web server that serves the secret video and counts its connections."""
 
     def __init__(self, secret: bytes):
         super().__init__(("127.0.0.1", 0), Handler)
@@ -38,7 +38,7 @@ class Neighbour(ThreadingHTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
-    timeout = 1  # second, for who connects and then says nothing
+    timeout = 1  # second; some connections stay silent
 
     def do_GET(self) -> None:
         self.send_response(200)
@@ -53,7 +53,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def secret(tmp_path_factory) -> Path:
-    """A video on the server's disk that is nobody's business."""
+    """A video on the server's disk that no visitor may see."""
     return Kind("secret", "ts", frames=20, audio=()).make(tmp_path_factory.mktemp("secret"))
 
 
@@ -67,7 +67,7 @@ def web(secret) -> Iterator[Neighbour]:
 
 
 @pytest.fixture(autouse=True)
-def nobody_calls_the_neighbour(web) -> Iterator[None]:
+def no_connection_is_opened(web) -> Iterator[None]:
     before = web.connections
     yield
     assert web.connections == before, "the server was made to open a connection"
@@ -157,12 +157,8 @@ def imf(target: str) -> str:
 
 
 POINTERS = [
-    *((hls, f"x.{suffix}") for suffix in ("m3u8", "mp4", "avi", "ts", "gif")),
-    *((make, f"x.{suffix}") for make in (hls_master, hls_key) for suffix in ("m3u8", "mp4")),
-    *((dash, f"x.{suffix}") for suffix in ("mpd", "mp4")),
-    *((ffconcat, f"x.{suffix}") for suffix in ("ffconcat", "txt", "mp4")),
-    *((sdp, f"x.{suffix}") for suffix in ("sdp", "mp4")),
-    (asx, "x.asx"), (reference, "x.asf"), (pls, "x.pls"), (ram, "x.ram"), (svg, "x.svg"), (svg, "x.mp4"),
+    (hls, "x.m3u8"), (hls_master, "x.m3u8"), (hls_key, "x.m3u8"), (dash, "x.mpd"), (ffconcat, "x.ffconcat"),
+    (sdp, "x.sdp"), (asx, "x.asx"), (reference, "x.asf"), (pls, "x.pls"), (ram, "x.ram"), (svg, "x.svg"),
     (imf, "CPL_x.xml"),
 ]  # fmt: skip
 
@@ -189,7 +185,7 @@ def box(kind: bytes, content: bytes) -> bytes:
 
 
 def edited(data: bytes, change: Callable[[bytes, bytes], bytes]) -> bytes:
-    """An mp4 file after `change` has been asked, for each box by its type, what its content is to be."""
+    """An mp4 file in which each box has the content that `change` returns for its type and old content."""
     holders = (b"moov", b"trak", b"mdia", b"minf", b"dinf", b"stbl", b"moof", b"traf")
     return b"".join(
         box(kind, edited(content, change) if kind in holders else change(kind, content))
@@ -202,7 +198,7 @@ def url_entry(target: str) -> bytes:
 
 
 def alias_entry(target: str) -> bytes:
-    """What old Macs wrote; an absolute path is its record of type 2."""
+    """As old Macs wrote it; an absolute path is its record of type 2."""
     name, path = Path(target).name.encode(), target.encode()
     path += b"\0" * (len(path) % 2)
     fixed = bytes(50) + bytes([len(name)]) + name.ljust(63, b"\0") + bytes(16) + struct.pack(">hh", 1, 1) + bytes(16)
@@ -231,7 +227,7 @@ def test_a_quicktime_file_whose_pictures_are_in_another_file_is_refused(entry, t
      "async:{path}", "tee:{path}", "pipe:0", "fd:", "-", "-i", "/dev/zero", "testsrc2", "data:video/mp2t;base64,AAAA",
      "tcp://{host}", "rtsp://{host}/x", "ftp://{host}/x.ts", "unix:{path}"],
 )  # fmt: skip
-def test_a_name_that_ffmpeg_would_take_for_something_else_is_refused(name, secret, web):
+def test_a_name_with_a_special_meaning_for_ffmpeg_is_refused(name, secret, web):
     assert_refused(name.format(url=web.url, path=secret, host=urllib.parse.urlsplit(web.url).netloc))
 
 
@@ -257,7 +253,7 @@ def test_an_upload_that_points_elsewhere_is_refused_by_the_server(make, name, en
 
 
 def call(server: str, endpoint: str, video: object) -> str:
-    """What the server answers to a program that says `video` is the video."""
+    """The server's answer to a program that sends `video` as the video."""
     body = json.dumps({"data": [video, 0.5, [], "Half (fast)"]}).encode()
     url = f"{server}/gradio_api/call/{endpoint}"
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
@@ -279,7 +275,7 @@ META = {"meta": {"_type": "gradio.FileData"}}
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("endpoint", ["stream_object_detection", "detect_video"])
-def test_a_program_cannot_name_what_it_has_not_uploaded(endpoint, video, server, secret, web):
+def test_a_program_cannot_name_a_file_that_it_has_not_uploaded(endpoint, video, server, secret, web):
     video = json.loads(json.dumps(video).replace("{url}", web.url).replace("{secret}", str(secret)))
     answer = call(server, endpoint, video)
     assert "event: error" in answer
@@ -316,11 +312,12 @@ def plain(tmp_path_factory) -> tuple[bytes, list[bytes]]:
     folder = tmp_path_factory.mktemp("plain")
     path = folder / "plain.mp4"
     ffmpeg("-t", 0.2, "-i", app.EXAMPLES / "bouncing-shapes.mp4", "-c", "copy", path)
-    return path.read_bytes(), chunks_of(path)
+    return path.read_bytes(), chunks_of(path, folder)
 
 
-def chunks_of(path: Path) -> list[bytes]:
-    return [Path(update.chunk).read_bytes() for update in app.stream_object_detection(str(path), 0.3)]
+def chunks_of(path: Path, folder: Path) -> list[bytes]:
+    updates = app.stream_object_detection(str(path), 0.3, folder=str(folder))
+    return [Path(update.chunk).read_bytes() for update in updates]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -328,7 +325,7 @@ def test_an_odd_name_changes_nothing(name, plain, tmp_path):
     video, chunks = plain
     path = tmp_path / name
     path.write_bytes(video)
-    assert chunks_of(path) == chunks
+    assert chunks_of(path, tmp_path) == chunks
 
 
 @pytest.mark.parametrize("name", ["single'quote.mp4", "видео 🎯.mp4", "new\nline.mp4", "%03d.mp4"])
@@ -357,7 +354,7 @@ def y4m(width: int, height: int) -> bytes:
 
 
 def vp8(width: int, height: int, folder: Path) -> bytes:
-    """Each key frame says its size, with two bits of scaling."""
+    """Each key frame holds its size, with two bits of scaling."""
     data = Kind("vp8", "webm", frames=4, video=("-c:v", "libvpx", "-g", 1), audio=()).make(folder).read_bytes()
     return data.replace(
         b"\x9d\x01\x2a" + struct.pack("<HH", 160, 96), b"\x9d\x01\x2a" + struct.pack("<HH", width, height)
@@ -380,7 +377,7 @@ def mp4(folder: Path, flags: str = "+faststart", **contents: Callable[[bytes], b
 
 
 def many_samples(folder: Path, count: int) -> bytes:
-    """As many frames as the header likes, all of one size and one duration: 30 bytes say so."""
+    """A header of 30 bytes that claims `count` frames, all of one size and one duration."""
     return mp4(
         folder,
         stsz=lambda _: struct.pack(">III", 0, 1, count),
@@ -392,7 +389,7 @@ def many_samples(folder: Path, count: int) -> bytes:
 
 
 def many_samples_in_a_fragment(folder: Path, count: int) -> bytes:
-    """The same in a fragmented file: 12 bytes say so."""
+    """The same claim in a fragmented file, in 12 bytes."""
     return mp4(
         folder,
         "+frag_keyframe+empty_moov+default_base_moof",

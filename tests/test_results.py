@@ -1,20 +1,17 @@
-"""What was found is kept: no frame goes through the model twice, and the files say where each thing was."""
+"""Detections are cached, counted and saved: no frame goes through the model twice, and the files say what is where."""
 
-import contextlib
 import csv
 import json
 import os
-import sqlite3
-import subprocess
-import sys
+import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
 import shapes
-from gradio.route_utils import delete_files_created_by_app
 from test_streaming import count_passes
-from videos import Kind, play
+from videos import Kind, read_chunks
 
 import app
 
@@ -27,8 +24,13 @@ def video(tmp_path):
     return str(Kind("fresh", frames=82, audio=()).make(tmp_path))
 
 
-def run(video, *settings):
-    return list(app.stream_object_detection(video, *settings))
+def run(video, conf_threshold=0.3, classes=(), resolution=app.HALF):
+    """The report of a whole run, as the page makes it."""
+    report = app.Report(video, conf_threshold, classes, resolution)
+    for update in app.stream_updates(report):
+        report.add(update)
+    report.release_folder()
+    return report
 
 
 def test_a_frame_goes_through_the_model_once_whatever_the_threshold_and_the_classes(video, monkeypatch):
@@ -43,85 +45,87 @@ def test_a_frame_goes_through_the_model_once_whatever_the_threshold_and_the_clas
 def test_half_and_full_are_different_pictures_and_are_each_detected_once(video, monkeypatch):
     passes = count_passes(monkeypatch)
     for resolution in ("Half (fast)", "Full", "Half (fast)", "Full"):
-        assert run(video, 0.3, (), resolution)
+        assert run(video, resolution=resolution).is_end
     assert sum(passes) == 41 + 82
+
+
+def test_a_file_that_changes_is_detected_again(video, tmp_path, monkeypatch):
+    run(video)
+    passes = count_passes(monkeypatch)
+    shutil.copy(Kind("other", frames=60, audio=()).make(tmp_path), video)
+    run(video)
+    assert sum(passes) == 30
 
 
 def test_a_restart_in_mid_stream_costs_only_the_rest(video, monkeypatch):
     passes = count_passes(monkeypatch)
-    updates = app.stream_object_detection(video, 0.3)
+    before = threading.active_count()
+    report = app.Report(video, 0.3, (), app.HALF)
+    updates = app.stream_updates(report)
     next(updates)
     updates.close()
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and thread.daemon:
-            thread.join(timeout=2)
+    report.release_folder()
+    while threading.active_count() > before:
+        time.sleep(0.01)
     run(video, 0.6)
     assert sum(passes) == 41
 
 
-def test_what_is_kept_waits_for_another_process_that_writes(video):
-    with contextlib.closing(app.DetectionStore(app.read_video_info(video))) as store:
-        other = sqlite3.connect(store.path, isolation_level=None, check_same_thread=False)
-        other.execute("BEGIN IMMEDIATE")
-        threading.Timer(0.3, other.close).start()
-        store.save([], [], 5)
-        assert store.known == 5
-        store.save([], [], 3)
-        assert store.known == 5
+def test_a_second_run_draws_the_same_pictures(video, tmp_path):
+    def pictures(resolution):
+        chunks = []
+        for update in app.stream_object_detection(video, 0.2, resolution=resolution, cached=cached, folder=tmp_path):
+            chunks.append(update.chunk)
+        return read_chunks(chunks).pictures
+
+    for resolution in app.RESOLUTIONS:
+        cached = {}
+        np.testing.assert_array_equal(pictures(resolution), pictures(resolution))
 
 
-def test_another_process_knows_what_this_one_has_found(video, monkeypatch):
-    script = f"import app; print(len(list(app.stream_object_detection({video!r}, 0.3))))"
-    done = subprocess.run([sys.executable, "-c", script], cwd=app.EXAMPLES.parent, capture_output=True, text=True)
-    assert done.stdout.strip().endswith("2"), done.stderr
-    passes = count_passes(monkeypatch)
-    run(video, 0.3)
-    assert not passes
+def test_nothing_below_the_lowest_score_is_kept(video):
+    detections = np.concatenate(list(app.cached_detections(run(video).info.path, app.HALF).values()))
+    assert len(detections)
+    assert detections[:, 4].min() >= app.MIN_SCORE
+    shown = run(video, 0.0).detections()
+    assert len(shown) == len(detections)
 
 
-def test_when_every_frame_is_known_no_gpu_is_asked_for(video, monkeypatch):
-    def ask_for_a_gpu(*_, **__):
-        raise AssertionError("a GPU was asked for")
-
-    run(video, 0.3)
-    monkeypatch.setattr(app, "stream_object_detection", ask_for_a_gpu)
-    info = app.read_video_info(video)
-    assert [update.chunk for update in app.updates_of(info, 0.5, ()) if update and update.chunk]
-
-
-def test_a_second_look_draws_the_same_pictures(video):
-    first, second = play(video, 0.2), play(video, 0.2)
-    for before, after in zip(first.pictures, second.pictures, strict=True):
-        np.testing.assert_array_equal(before, after)
-
-
-def test_only_the_chosen_classes_are_drawn(video):
-    drawn = {
-        label for update in run(video, 0.0, ["star", "cross"]) for frame in update.detections for label in frame.labels
-    }
-    assert drawn
-    assert drawn <= {"star", "cross"}
+def test_only_the_chosen_classes_are_reported():
+    assert set(run(str(EXAMPLE), 0.3, ["star", "cross"]).detections()["label"]) == {"star", "cross"}
 
 
 @pytest.fixture(scope="module")
 def report():
-    info = app.read_video_info(str(EXAMPLE))
-    report = app.Report(info, 0.5, [])
-    for update in app.stream_object_detection(str(EXAMPLE), 0.5):
+    return run(str(EXAMPLE), 0.5)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The paths of the CSV and the JSON file of a run, copied before its folder goes."""
+    report, folder = app.Report(str(EXAMPLE), 0.5, [], app.HALF), tmp_path_factory.mktemp("saved")
+    for update in app.stream_updates(report):
         report.add(update)
-    return report
+    paths = [shutil.copy(path, folder) for path in report.save()]
+    report.release_folder()
+    assert not os.path.exists(report.folder)
+    return paths
 
 
-def test_the_csv_says_where_the_rendered_shapes_are(report, tmp_path):
+def test_the_files_are_named_after_the_source(saved):
+    names = [path.rsplit("/", 1)[1] for path in saved]
+    assert names == ["bouncing-shapes-boxes.mp4", "bouncing-shapes.csv", "bouncing-shapes.json"]
+
+
+def test_the_csv_says_where_the_rendered_shapes_are(report, saved):
     """In pixels of the uploaded video, at the source's frame and second."""
-    csv_path, _ = report.save()
-    with open(csv_path, newline="") as file:
+    with open(saved[1], newline="") as file:
         rows = list(csv.DictReader(file))
     hits = 0
     for row in rows:
         frame = int(row["frame"])
         assert frame % 2 == 0
-        assert float(row["time_seconds"]) == pytest.approx(frame / float(report.video.fps), abs=0.002)
+        assert float(row["time_seconds"]) == pytest.approx(frame / float(report.info.fps), abs=0.002)
         box = np.array([float(row[side]) for side in ("x1", "y1", "x2", "y2")])
         boxes, labels = shapes.example_truth(EXAMPLE.stem, frame)
         names = np.array([app.DETECTOR.id2label[int(label)] for label in labels])
@@ -130,13 +134,12 @@ def test_the_csv_says_where_the_rendered_shapes_are(report, tmp_path):
     assert hits / len(rows) > 0.85
 
 
-def test_the_json_carries_what_a_program_needs(report, tmp_path):
-    _, json_path = report.save()
-    with open(json_path) as file:
+def test_the_json_carries_what_a_program_needs(report, saved):
+    with open(saved[2]) as file:
         content = json.load(file)
     assert content["model"] == "shapes-rtdetr"
     assert content["threshold"] == 0.5
-    info = report.video
+    info = report.info
     assert content["video"]["fps"] == float(info.fps)
     assert content["video"]["duration_seconds"] == pytest.approx(info.duration_seconds, abs=0.001)
     width, height = content["video"]["width"], content["video"]["height"]
@@ -149,33 +152,42 @@ def test_the_json_carries_what_a_program_needs(report, tmp_path):
 def test_the_table_and_the_plot_tell_the_same_story_as_the_truth(report):
     table = {row[0]: row[1:] for row in report.table()}
     truth = {}
-    for frame in range(0, int(report.video.duration_seconds * report.video.fps), 2):
+    for frame in range(0, int(report.info.duration_seconds * report.info.fps), 2):
         for label in shapes.example_truth(EXAMPLE.stem, frame)[1]:
             truth.setdefault(app.DETECTOR.id2label[int(label)], []).append(frame)
     assert set(truth) <= set(table)
-    counts = report.counts()
+    counts = report.plot()["value"]
     for name in truth:
         most, first, last = table[name]
-        assert 0 <= first <= last <= report.video.duration_seconds
+        assert 0 <= first <= last <= report.info.duration_seconds
         assert counts[counts["class"] == name]["count"].max() == most
 
 
-def test_what_is_kept_goes_when_gradio_cleans_its_cache(video):
-    info = app.read_video_info(video)
-    for _ in app.updates_of(info, 0.5, ()):
-        pass
-    path = app.DetectionStore(info).path
-    assert os.path.exists(path)
-    delete_files_created_by_app(app.demo, None)
-    assert not os.path.exists(path)
+def test_a_threshold_of_0_costs_little_memory_per_frame(video):
+    report = run(video, 0.0)
+    assert sum(rows.nbytes for rows in report._rows) < 2000 * 41
+    assert sum(rows.nbytes for rows in app.cached_detections(video, app.HALF).values()) < 2000 * 41
 
 
-def test_chunks_are_removed_when_they_have_been_taken_and_when_the_viewer_goes(video):
-    before = set(os.listdir(app.cache_folder()))
-    info = app.read_video_info(video)
-    for _ in app.updates_of(info, 0.5, ()):
-        pass
-    updates = app.updates_of(info, 0.6, ())
-    next(update for update in updates if update and update.chunk)
-    updates.close()
-    assert {name for name in set(os.listdir(app.cache_folder())) - before if name.startswith("chunks-")} == set()
+def test_analysed_seconds_never_exceed_the_duration(tmp_path):
+    path = Kind("odd", frames=83, audio=()).make(tmp_path)
+    content = run(str(path)).as_dict()
+    assert content["analysed_seconds"] <= content["video"]["duration_seconds"]
+
+
+def test_a_failure_comes_after_everything_that_was_found(video, monkeypatch):
+    report, calls = app.Report(video, 0.3, (), app.HALF), []
+
+    def failing(frames):
+        calls.append(frames)
+        if len(calls) > 1:
+            raise RuntimeError("the device is gone")
+        return detect(frames)
+
+    detect = app.DETECTOR._forward_pass
+    monkeypatch.setattr(app.DETECTOR, "_forward_pass", failing)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        for update in app.stream_updates(report):
+            report.add(update)
+    report.release_folder()
+    assert report.output_frames == app.DETECTOR.batch_frames

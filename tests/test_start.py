@@ -2,24 +2,28 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
+
 import app
+import video
 
 ROOT = Path(__file__).parents[1]
-START = "import time, app; print(app.DETECTOR.source, app.DETECTOR.id2label[0], app.MODEL_NOTE, sep='|')"
+START = "import time, app; print(app.DETECTOR.name, app.DETECTOR.id2label[0], app.MODEL_NOTE, sep='|')"
 
 
-def start(tmp_path, **env):
+def start(tmp_path, code=START, **env):
     """Import the app in a fresh process that has an empty Hub cache and no network to speak of."""
     clean = {key: value for key, value in os.environ.items() if key not in ("MODEL_ID", "HF_HUB_OFFLINE")}
     # A port on which nothing listens refuses at once, as a machine without a network does.
     clean |= {"HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": "http://127.0.0.1:9", **env}
     return subprocess.run(
-        [sys.executable, "-c", START], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=120
     )
 
 
@@ -28,9 +32,9 @@ def test_without_a_network_the_shipped_detector_starts_and_says_so(tmp_path):
     result = start(tmp_path)
     assert result.returncode == 0, result.stderr
     source, first_label, note = result.stdout.strip().splitlines()[-1].split("|")
-    assert Path(source) == app.SHIPPED_MODEL
+    assert source == app.SHIPPED_MODEL.name
     assert first_label == "circle"
-    for words in (app.DEFAULT_MODEL_ID, "could not be loaded", "circle, square, triangle", "MODEL_ID"):
+    for words in (app.DEFAULT_MODEL_ID, "is unavailable", "circle, square, triangle", "MODEL_ID"):
         assert words in note
         assert words in result.stderr
     assert len(result.stderr.splitlines()) < 6, result.stderr  # no pages of retries
@@ -39,13 +43,13 @@ def test_without_a_network_the_shipped_detector_starts_and_says_so(tmp_path):
 
 def test_a_local_folder_is_loaded_and_has_no_note(tmp_path):
     result = start(tmp_path, MODEL_ID=str(app.SHIPPED_MODEL))
-    assert result.stdout.strip().splitlines()[-1] == f"{app.SHIPPED_MODEL}|circle|"
+    assert result.stdout.strip().splitlines()[-1] == f"{app.SHIPPED_MODEL.name}|circle|"
 
 
 def test_a_model_id_that_cannot_be_loaded_is_an_error_with_a_sentence(tmp_path):
     result = start(tmp_path, MODEL_ID="nobody/no-such-model")
     assert result.returncode == 1
-    assert "The model 'nobody/no-such-model' in MODEL_ID cannot be used" in result.stderr
+    assert "The model 'nobody/no-such-model' in MODEL_ID is unavailable" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -62,5 +66,56 @@ def test_a_model_that_is_no_rt_detr_is_an_error_with_a_sentence(tmp_path):
 def test_without_ffmpeg_the_app_says_what_is_missing(tmp_path):
     result = start(tmp_path, MODEL_ID=str(app.SHIPPED_MODEL), PATH=str(tmp_path))
     assert result.returncode == 1
-    assert "This app needs ffmpeg and ffprobe" in result.stderr
+    assert "This app requires ffmpeg and ffprobe" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def copy_of_the_shipped_model(folder, name, **changes):
+    """The shipped checkpoint with settings changed in one of its JSON files."""
+    shutil.copytree(app.SHIPPED_MODEL, folder)
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("size", {"shortest_edge": 256, "longest_edge": 512}), ("do_resize", False), ("do_pad", True), ("resample", 3)],
+)
+def test_an_unsupported_image_processor_is_an_error_with_the_settings_name(setting, value, tmp_path):
+    folder = copy_of_the_shipped_model(tmp_path / "model", "preprocessor_config.json", **{setting: value})
+    result = start(tmp_path, MODEL_ID=folder)
+    assert result.returncode == 1
+    assert setting in result.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in result.stderr
+
+
+def test_an_unknown_precision_is_an_error_that_lists_the_known_ones(tmp_path):
+    result = start(tmp_path, MODEL_ID=str(app.SHIPPED_MODEL), PRECISION="fp16")
+    assert result.returncode == 1
+    assert "PRECISION must be float32, float16, bfloat16 or empty, not 'fp16'." in result.stderr
+
+
+def test_a_bug_does_not_look_like_a_missing_network(tmp_path):
+    """A default checkpoint that is cached but breaks must not be replaced by the shipped detector."""
+    break_it = "import transformers; transformers.AutoConfig.from_pretrained = lambda *_, **__: {}['broken']; "
+    result = start(tmp_path, code=break_it + START)
+    assert result.returncode == 1
+    assert "KeyError: 'broken'" in result.stderr
+
+
+def test_an_error_at_exit_does_not_abort_the_interpreter(tmp_path):
+    """A run is in progress in threads when the main thread ends with an error."""
+    path = app.EXAMPLES / "bouncing-shapes.mp4"
+    code = f"import app; updates = app.stream_object_detection({str(path)!r}, 0.3); next(updates); raise SystemExit(3)"
+    result = start(tmp_path, MODEL_ID=str(app.SHIPPED_MODEL), TMPDIR=str(tmp_path), code=code)
+    assert result.returncode == 3
+    assert "terminate called" not in result.stderr
+
+
+def test_without_a_quota_or_with_one_the_cores_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    monkeypatch.setattr(Path, "read_text", lambda _: "max 100000\n")
+    assert video._cpu_count() == 16, "there is a cap"
+    monkeypatch.setattr(Path, "read_text", lambda _: "250000 100000\n")
+    assert video._cpu_count() == 3

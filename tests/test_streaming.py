@@ -1,18 +1,17 @@
-"""The generator: batches, chunks, what is drawn, and how it ends."""
+"""The generator: batches, chunks, drawn boxes, prefetching, and how it ends."""
 
+import itertools
 import os
-import re
+import tempfile
 import threading
 import time
-from pathlib import Path
+from contextlib import closing
 
-import av
-import cv2
 import gradio as gr
 import numpy as np
 import pytest
 import shapes
-from videos import Kind, ffmpeg, play, read_chunks, read_number
+from videos import Kind, read_chunks, read_number
 
 import app
 from draw_boxes import label_color
@@ -23,35 +22,12 @@ EXAMPLE = app.EXAMPLES / "bouncing-shapes.mp4"
 @pytest.fixture(scope="module")
 def numbered(tmp_path_factory):
     """4.1 s at 30 fps: two whole chunks and a short one."""
-    return Kind("numbered", frames=123).make(tmp_path_factory.mktemp("videos"))
+    return str(Kind("numbered", frames=123).make(tmp_path_factory.mktemp("videos")))
 
 
-def test_chunks_are_two_seconds_and_the_rest_comes_too(numbered):
-    updates = list(app.stream_object_detection(str(numbered), 1.0))
-    lengths = [len(read_chunks([update[0]]).pictures) for update in updates]
-    assert lengths == [30, 30, 2]
-
-
-def test_every_second_frame_is_shown(numbered):
-    output = play(numbered)
-    assert [read_number(picture) for picture in output.pictures] == list(range(0, 123, 2))
-
-
-def test_one_chunk_is_one_batch_unless_it_is_too_large(numbered, monkeypatch):
-    video = app.read_video_info(str(numbered))
-    monkeypatch.setattr(app.DETECTOR, "batch_frames", 60)
-    assert [len(batch) for batch in app.read_batches(video)] == [30, 30, 2]
+@pytest.fixture
+def small_batches(monkeypatch):
     monkeypatch.setattr(app.DETECTOR, "batch_frames", 12)
-    assert [len(batch) for batch in app.read_batches(video)] == [12, 12, 6, 12, 12, 6, 2]
-
-
-def test_a_frame_that_is_shown_for_longer_is_detected_once(tmp_path, monkeypatch):
-    path = Kind("held", times=[0, 0.04, 0.08, 0.12, 0.16, 3, 3.04, 3.08, 3.12]).make(tmp_path)
-    passes = count_passes(monkeypatch)
-    video = app.read_video_info(str(path))
-    shown = [frame for batch in app.detect_batches(video, app.read_batches(video)) for frame in batch]
-    assert len(shown) > sum(passes)
-    assert sum(passes) == len({frame.index for frame, _ in shown})
 
 
 def count_passes(monkeypatch):
@@ -67,20 +43,117 @@ def count_passes(monkeypatch):
     return passes
 
 
-def test_boxes_are_drawn_where_the_rendered_shapes_are():
+# ------------------------------------------------------------------------------------------------ chunks and batches
+
+
+def test_chunks_are_two_seconds_long_and_the_last_one_is_shorter(numbered, tmp_path):
+    updates = list(app.stream_object_detection(numbered, 1.0, folder=str(tmp_path)))
+    chunks = [read_chunks([update.chunk]) for update in updates]
+    assert [len(chunk.pictures) for chunk in chunks] == [30, 30, 2]
+    assert [len(chunk.audio) for chunk in chunks] == [96_000, 96_000, 6_400]
+    shown = [read_number(picture) for chunk in chunks for picture in chunk.pictures]
+    assert shown == [frame.source_index for update in updates for frame in update.frames] == list(range(0, 123, 2))
+    assert [(update.output_frames, update.is_end) for update in updates] == [(30, False), (60, False), (62, True)]
+
+
+def test_at_full_size_every_frame_is_shown(numbered, tmp_path):
+    updates = app.stream_object_detection(numbered, 1.0, resolution="Full", folder=str(tmp_path))
+    pictures = read_chunks([update.chunk for update in updates]).pictures
+    assert pictures[0].shape == (96, 160, 3)
+    assert [read_number(picture) for picture in pictures] == list(range(123))
+
+
+def test_a_stream_that_begins_in_mid_video_equals_the_rest_of_a_whole_one(tmp_path):
+    whole = list(app.stream_object_detection(str(EXAMPLE), 0.3, folder=str(tmp_path)))
+    rest = list(app.stream_object_detection(str(EXAMPLE), 0.3, start=100, folder=str(tmp_path)))
+    assert [update.output_frames for update in rest] == [update.output_frames for update in whole][3:], "same borders"
+    expected = [frame for update in whole for frame in update.frames][100:]
+    found = [frame for update in rest for frame in update.frames]
+    assert [frame.source_index for frame in found] == [frame.source_index for frame in expected]
+    for one, other in zip(found, expected, strict=True):
+        sure = [app.select(frame.detections, 0.5, ()) for frame in (one, other)]
+        np.testing.assert_allclose(*sure, atol=0.001)
+
+
+def test_with_every_batch_an_update_follows_each_pass(numbered, small_batches, tmp_path):
+    updates = list(app.stream_object_detection(numbered, 1.0, folder=str(tmp_path), every_batch=True))
+    assert [len(update.frames) for update in updates] == [12, 12, 6, 12, 12, 6, 2]
+    assert [bool(update.chunk) for update in updates] == [False, False, True, False, False, True, True]
+    assert [update.output_frames for update in updates] == [12, 24, 30, 42, 54, 60, 62]
+    assert [update.is_end for update in updates] == [False] * 6 + [True]
+
+
+def batches_of(video, start=0):
+    info = app.read_video_info(video)
+    frames = app.sample_frames(info, *app.output_format(info, app.HALF), start)
+    return list(app.read_batches(frames, 30, start))
+
+
+def test_a_chunk_is_one_batch_unless_the_detector_takes_fewer_frames(numbered, monkeypatch):
+    monkeypatch.setattr(app.DETECTOR, "batch_frames", 60)
+    batches = batches_of(numbered)
+    assert [len(batch.frames) for batch in batches] == [30, 30, 2]
+    assert all(batch.ends_chunk for batch in batches)
+    assert [len(batch.frames) for batch in batches_of(numbered, start=40)] == [20, 2], "chunks end at the same frames"
+    monkeypatch.setattr(app.DETECTOR, "batch_frames", 12)
+    batches = batches_of(numbered)
+    assert [len(batch.frames) for batch in batches] == [12, 12, 6, 12, 12, 6, 2]
+    assert [batch.ends_chunk for batch in batches] == [False, False, True, False, False, True, True]
+    assert [batch.is_end for batch in batches] == [False] * 6 + [True]
+
+
+def test_batches_of_large_frames_are_small(numbered, monkeypatch):
+    monkeypatch.setattr(app.DETECTOR, "batch_frames", 60)
+    monkeypatch.setattr(app, "BATCH_BYTES", 10 * 80 * 48 * 3)
+    assert max(len(batch.frames) for batch in batches_of(numbered)) <= 11
+    monkeypatch.setattr(app, "BATCH_BYTES", 1)
+    assert {len(batch.frames) for batch in batches_of(numbered)} == {1}
+
+
+def test_a_frame_that_is_shown_for_longer_is_detected_and_reported_once(tmp_path, monkeypatch):
+    """Also if it is shown across batches and chunks."""
+    path = Kind("held", times=[0, 0.04, 0.08, 0.12, 0.16, 3, 3.04, 3.08, 3.12], audio=()).make(tmp_path)
+    monkeypatch.setattr(app.DETECTOR, "batch_frames", 12)
+    passes = count_passes(monkeypatch)
+    updates = list(app.stream_object_detection(str(path), 1.0, folder=str(tmp_path)))
+    reported = [frame.source_index for update in updates for frame in update.frames]
+    assert updates[-1].output_frames == len(read_chunks([update.chunk for update in updates]).pictures) == 40
+    assert sum(passes) == len(reported) == len(set(reported)) < 10
+
+
+def test_a_cut_off_file_streams_as_far_as_it_goes_and_a_warning_gives_the_second(tmp_path, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(gr, "Warning", warnings.append)
+    options = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-g", 30)
+    path = Kind("cut", frames=300, video=options, audio=(), muxer=("-movflags", "+faststart")).make(tmp_path)
+    os.truncate(path, path.stat().st_size * 6 // 10)
+    report = app.Report(str(path), 1.0, [], app.HALF)
+    for update in app.stream_object_detection(str(path), 1.0, folder=str(tmp_path)):
+        report.warn_if_damaged()
+        assert not warnings, "before the end, a short output is normal"
+        report.add(update)
+    report.warn_if_damaged()
+    assert 4 < report.seconds < 8
+    assert len(warnings) == 1
+    assert f"up to second {report.seconds:.1f}" in warnings[0]
+
+
+# ------------------------------------------------------------------------------------------------------- drawn boxes
+
+
+def test_boxes_are_drawn_where_the_rendered_shapes_are(tmp_path):
     """In the decoded chunks: the outline has the label's colour on each side of the shape's true box."""
-    decoded, frames = [], []
-    for update in app.stream_object_detection(str(EXAMPLE), 0.5):
-        frames += update.detections
-        with av.open(update.chunk) as container:
-            decoded += [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    updates = list(app.stream_object_detection(str(EXAMPLE), 0.5, folder=str(tmp_path)))
+    pictures = read_chunks([update.chunk for update in updates]).pictures
+    frames = [frame for update in updates for frame in update.frames]
     outlined = at_a_shape = total = 0
-    for picture, frame in zip(decoded[::5], frames[::5], strict=True):
-        shapes_there = shapes.example_truth(EXAMPLE.stem, frame.frame)[0]
-        for box, label in zip(np.array(frame.boxes), frame.labels, strict=True):
+    for picture, frame in zip(pictures[::5], frames[::5], strict=True):
+        true_boxes = shapes.example_truth(EXAMPLE.stem, frame.source_index)[0]
+        for *box, _, number in app.select(frame.detections, 0.5, ()):
             total += 1
-            outlined += outline_is_near(picture, box / 2, label_color(label))
-            at_a_shape += bool((np.abs(shapes_there - box).max(axis=1) < 25).any())
+            box = np.array(box) * (frame.source_size * 2)
+            outlined += outline_is_near(picture, box / 2, label_color(app.DETECTOR.id2label[int(number)]))
+            at_a_shape += bool((np.abs(true_boxes - box).max(axis=1) < 25).any())
     assert total > 30
     assert outlined / total > 0.8, f"{outlined} of {total} detections have their outline in the picture"
     assert at_a_shape / total > 0.8, f"{at_a_shape} of {total} boxes are at a rendered shape"
@@ -102,239 +175,206 @@ def outline_is_near(picture, box, color, tolerance=3):
     return sum(side > 0.6 for side in sides) >= 2
 
 
-def test_a_higher_threshold_draws_less():
-    def boxes_drawn(threshold):
-        video = app.read_video_info(str(EXAMPLE))
-        batch = next(app.detect_batches(video, app.read_batches(video)))
-        return sum(int((found[:, 4] > threshold).sum()) for _, found in batch)
-
-    assert boxes_drawn(0.0) > boxes_drawn(0.3) > boxes_drawn(0.95)
+def first_chunk(folder, conf_threshold, classes=()):
+    """The first two seconds of the example: decoded pictures (N, H, W, 3), and the model's detections."""
+    with closing(app.stream_object_detection(str(EXAMPLE), conf_threshold, classes, folder=str(folder))) as updates:
+        update = next(updates)
+    return np.array(read_chunks([update.chunk]).pictures).astype(int), [f.detections for f in update.frames]
 
 
-def threads_end(before, seconds=3):
+def test_a_higher_threshold_draws_less(tmp_path):
+    bare, detections = first_chunk(tmp_path, 1.0)
+    scores = np.concatenate(detections)[:, 4]
+    thresholds = [0, *np.quantile(scores, [0.5, 0.8, 0.95])]
+    changed = [(np.abs(first_chunk(tmp_path, t)[0] - bare).max(axis=3) > 60).mean() for t in thresholds]
+    assert all(more > 1.1 * less for more, less in itertools.pairwise(changed)), changed
+    assert changed[-1] > 0
+
+
+def test_only_boxes_of_the_chosen_classes_are_drawn(tmp_path):
+    def is_drawn_elsewhere(classes):
+        """Whether any pixel has changed away from the boxes of the label and their captions."""
+        changed = np.abs(first_chunk(tmp_path, 0.5, classes)[0] - bare).max(axis=3) > 60
+        assert changed.any()
+        for picture, frame in zip(changed, detections, strict=True):
+            height, width = picture.shape
+            for x1, y1, x2, y2 in app.select(frame, 0.5, [label])[:, :4] * (width, height, width, height):
+                picture[max(0, int(y1) - 30) : int(y2) + 30, max(0, int(x1) - 10) : int(x2) + 80] = False
+        return changed.any()
+
+    bare, detections = first_chunk(tmp_path, 1.0)
+    label = app.DETECTOR.id2label[int(detections[0][0, 5])]
+    assert not is_drawn_elsewhere([label])
+    assert is_drawn_elsewhere([])
+
+
+# ---------------------------------------------------------------------------------------------------------- its ends
+
+
+@pytest.fixture
+def new_threads():
+    """A function that returns the threads that have begun during the test and still run."""
+    before = set(threading.enumerate())
+    return lambda: set(threading.enumerate()) - before
+
+
+def all_end(new_threads, seconds=3):
     deadline = time.monotonic() + seconds
-    while threading.active_count() > before and time.monotonic() < deadline:
+    while new_threads() and time.monotonic() < deadline:
         time.sleep(0.02)
-    return threading.active_count() <= before
+    return not new_threads()
 
 
-def test_closing_the_generator_ends_its_threads_and_removes_what_is_half_done(numbered):
-    before = threading.active_count()
-    updates = app.stream_object_detection(str(numbered), 1.0)
-    chunk = next(updates).chunk
-    assert threading.active_count() > before
+@pytest.mark.parametrize("updates_taken", [1, 2, 3])
+def test_closing_ends_all_threads_and_leaves_only_the_yielded_chunks(
+    updates_taken, numbered, small_batches, tmp_path, monkeypatch, new_threads
+):
+    """By default, chunks are in the system's temporary folder. The third update has one."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    updates = app.stream_object_detection(numbered, 1.0, every_batch=True)
+    chunks = [update.chunk for update in itertools.islice(updates, updates_taken) if update.chunk]
+    assert new_threads()
     updates.close()
-    assert threads_end(before)
-    # One chunk may have been finished ahead of the one that was taken.
-    assert len(os.listdir(os.path.dirname(chunk))) <= 2
+    assert [str(path) for path in tmp_path.iterdir()] == chunks
+    assert len(chunks) == (updates_taken == 3)
+    assert all_end(new_threads)
+    assert [str(path) for path in tmp_path.iterdir()] == chunks
 
 
-def test_an_error_in_a_stage_reaches_the_caller_and_ends_all_threads(tmp_path, monkeypatch):
-    def fail(**_):
-        raise RuntimeError("the device is gone")
-
-    path = Kind("failing", frames=40).make(tmp_path)
-    before = threading.active_count()
-    monkeypatch.setattr(app.DETECTOR.model, "forward", fail)
-    with pytest.raises(RuntimeError, match="the device is gone"):
-        list(app.stream_object_detection(str(path), 1.0))
-    assert threads_end(before)
-
-
-def test_nothing_is_written_to_the_working_directory(numbered, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    list(app.stream_object_detection(str(numbered), 1.0))
+def test_an_unfinished_chunk_is_removed_when_the_stream_is_closed(numbered, small_batches, tmp_path):
+    updates = app.stream_object_detection(numbered, 1.0, folder=str(tmp_path), every_batch=True)
+    next(updates)
+    assert len(os.listdir(tmp_path)) == 1
+    updates.close()
     assert not os.listdir(tmp_path)
 
 
-def make_text(path):
-    path.write_text("this is not a video\n" * 50)
+def test_an_error_in_a_stage_reaches_the_caller_and_leaves_no_thread_or_file(
+    numbered, small_batches, tmp_path, monkeypatch, new_threads
+):
+    passes, forward = itertools.count(1), app.DETECTOR.model.forward
+
+    def fail_in_the_third_pass(**inputs):
+        if next(passes) == 3:
+            raise RuntimeError("the device is gone")
+        return forward(**inputs)
+
+    monkeypatch.setattr(app.DETECTOR.model, "forward", fail_in_the_third_pass)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        list(app.stream_object_detection(numbered, 1.0, folder=str(tmp_path)))
+    assert all_end(new_threads)
+    assert not os.listdir(tmp_path)
 
 
-def make_empty(path):
-    path.touch()
+def test_an_encoder_that_fails_leaves_no_thread_or_file(numbered, tmp_path, monkeypatch, new_threads):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(app.ChunkWriter, "write_audio", fail)
+    with pytest.raises(OSError, match="No space left"):
+        list(app.stream_object_detection(numbered, 1.0, folder=str(tmp_path)))
+    assert all_end(new_threads)
+    assert not os.listdir(tmp_path)
 
 
-def make_png(path):
-    cv2.imwrite(str(path.with_suffix(".png")), np.zeros((64, 64, 3), np.uint8))
-    path.with_suffix(".png").rename(path)
+def test_nothing_is_written_to_the_working_directory(numbered, tmp_path, monkeypatch):
+    working, chunks = tmp_path / "working", tmp_path / "chunks"
+    working.mkdir()
+    chunks.mkdir()
+    monkeypatch.chdir(working)
+    assert len(list(app.stream_object_detection(numbered, 1.0, folder=str(chunks)))) == len(os.listdir(chunks)) == 3
+    assert not os.listdir(working)
 
 
-def make_jpeg(path):
-    cv2.imwrite(str(path.with_suffix(".jpg")), np.zeros((64, 64, 3), np.uint8))
-    path.with_suffix(".jpg").rename(path)
-
-
-def make_sound_only(path):
-    ffmpeg("-f", "lavfi", "-i", "sine=d=1", "-c:a", "aac", path)
-
-
-def make_sound_with_cover(path):
-    cover = path.with_suffix(".png")
-    cv2.imwrite(str(cover), np.zeros((64, 64, 3), np.uint8))
-    ffmpeg("-f", "lavfi", "-i", "sine=d=1", "-i", cover, "-map", 0, "-map", 1, "-c:v", "png",
-           "-disposition:v:0", "attached_pic", "-f", "ipod", path)  # fmt: skip
-
-
-def make_cut_before_its_index(path):
-    whole = Kind("whole").make(path.parent).read_bytes()
-    path.write_bytes(whole[: len(whole) // 2])
-
-
-def make_playlist(path):
-    path.write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{EXAMPLE}\n#EXT-X-ENDLIST\n")
-
-
-def make_concat(path):
-    path.write_text(f"ffconcat version 1.0\nfile {EXAMPLE}\n")
-
-
-@pytest.mark.parametrize(
-    "make",
-    [make_text, make_empty, make_png, make_jpeg, make_sound_only, make_sound_with_cover,
-     make_cut_before_its_index, make_playlist, make_concat],
-)  # fmt: skip
-def test_what_is_not_a_video_gets_a_sentence(make, tmp_path):
+@pytest.mark.parametrize("content", [b"", b"this is not a video\n" * 50], ids=["empty", "text"])
+def test_an_unusable_file_is_an_error_of_gradio_with_a_sentence(content, tmp_path):
     path = tmp_path / "upload.mp4"
-    make(path)
+    path.write_bytes(content)
     with pytest.raises(gr.Error) as error:
-        list(app.stream_object_detection(str(path), 0.3))
+        list(app.stream_object_detection(str(path), 0.3, folder=str(tmp_path)))
     assert error.value.message.endswith(".")
     assert str(tmp_path) not in error.value.message
+    assert os.listdir(tmp_path) == ["upload.mp4"]
 
 
-def damage(path: Path, start: float, stop: float) -> None:
-    """Overwrite a part of a file, given as shares of its length, with noise."""
-    data = bytearray(path.read_bytes())
-    span = slice(int(len(data) * start), int(len(data) * stop))
-    data[span] = np.random.default_rng(1).bytes(span.stop - span.start)
-    path.write_bytes(data)
+# ------------------------------------------------------------------------------------------------------- prefetching
 
 
-@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
-def test_a_cut_off_file_plays_as_far_as_it_goes_and_a_warning_says_so(suffix, tmp_path, monkeypatch):
-    warnings = []
-    monkeypatch.setattr(gr, "Warning", lambda message, *a, **k: warnings.append(message))
-    video = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-g", 30)
-    index_first = ("-movflags", "+faststart") if suffix == "mp4" else ()
-    path = Kind("cut", suffix, frames=300, video=video, audio=(), muxer=index_first).make(tmp_path)
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) * 6 // 10])
-    output = play(path)
-    assert 4 < output.seconds < 8
-    assert [read_number(p) for p in output.pictures[:40]] == list(range(0, 80, 2))
-    assert len(warnings) == 1
-    said = float(re.search(r"up to second (\d+\.\d)", warnings[0])[1])
-    assert said == pytest.approx(output.seconds, abs=0.1)
+class SlowSteps:
+    """A generator whose items take `seconds` each, and which notes its progress in `log`."""
+
+    def __init__(self, seconds):
+        self.log, self.is_closed = [], threading.Event()
+        self.items = self._generate(seconds)
+
+    def _generate(self, seconds):
+        try:
+            for number in range(5):
+                self.log.append(f"begins {number}")
+                time.sleep(seconds)
+                self.log.append(f"ends {number}")
+                yield number
+        finally:
+            self.log.append("closed")
+            self.is_closed.set()
 
 
-def test_a_file_that_is_damaged_in_the_middle_plays_to_its_end(tmp_path):
-    kind = Kind("damaged", "ts", frames=300, video=("-c:v", "libx264", "-pix_fmt", "yuv420p", "-g", 30))
-    path = kind.make(tmp_path)
-    damage(path, 0.45, 0.5)
-    output = play(path)
-    assert output.seconds == pytest.approx(10, abs=0.1)
-    assert read_number(output.pictures[-1]) == 298
+def test_prefetching_keeps_the_items_and_makes_the_next_one_meanwhile():
+    steps = SlowSteps(0.1)
+    began = time.monotonic()
+    for expected, number in enumerate(app.prefetch(steps.items)):
+        assert number == expected
+        time.sleep(0.1)
+    assert time.monotonic() - began < 0.8, "one after the other, this takes a second"
+    assert steps.is_closed.wait(1)
 
 
-@pytest.mark.parametrize("degrees", [90, 180, 270])
-def test_a_video_that_was_filmed_sideways_stands_upright(degrees, tmp_path, monkeypatch):
-    """The stored picture is turned, and the metadata say how to turn it back."""
-    plain = Kind("plain", frames=10, size=(96, 160)).make(tmp_path)
-    turn = {90: "transpose=2,", 180: "hflip,vflip,", 270: "transpose=1,"}[degrees]
-    stored, path = tmp_path / "stored.mp4", tmp_path / "sideways.mp4"
-    ffmpeg("-i", plain, "-vf", f"{turn}null", "-c:v", "libx264", stored)
-    with av.open(str(stored)) as source, av.open(str(path), "w") as target:
-        track = target.add_stream_from_template(source.streams.video[0])
-        track.set_display_rotation(360 - degrees)  # counter-clockwise
-        for packet in source.demux(video=0):
-            if packet.dts is not None:
-                packet.stream = track
-                target.mux(packet)
-    for readers in ((app.opencv_frames,), (app.pyav_frames,)):
-        monkeypatch.setattr(app, "READERS", readers)
-        output = play(path)
-        assert output.pictures[0].shape == (80, 48, 3)
-        assert [read_number(picture) for picture in output.pictures] == [0, 2, 4, 6, 8]
+def test_prefetching_is_one_item_ahead_but_no_more():
+    steps = SlowSteps(0)
+    with closing(app.prefetch(steps.items)) as items:
+        assert next(items) == 0
+        time.sleep(0.1)
+        assert steps.log == ["begins 0", "ends 0", "begins 1", "ends 1"]
 
 
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("bt709", ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-colorspace", "bt709", "-color_range", "tv"]),
-        ("bt601", ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-colorspace", "smpte170m", "-color_range", "tv"]),
-        ("full", ["-c:v", "libx264", "-pix_fmt", "yuvj420p", "-colorspace", "bt709", "-color_range", "pc"]),
-        ("10 bit", ["-c:v", "libx265", "-pix_fmt", "yuv420p10le", "-colorspace", "bt709", "-color_range", "tv",
-                    "-x265-params", "log-level=0:colormatrix=bt709"]),
-    ],
-)  # fmt: skip
-def test_colours_are_kept_and_said_to_be_bt601(name, options, tmp_path):
-    color = (200, 80, 40)
-    matrix = "bt601" if name == "bt601" else "bt709"
-    scale = f"scale=out_color_matrix={matrix}:out_range={'full' if name == 'full' else 'tv'}"
-    path = tmp_path / "colour.mp4"
-    picture = np.full((64, 96, 3), color, np.uint8)
-    ffmpeg("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "96x64", "-r", 10, "-i", "-", "-vf", scale, *options, path,
-           stdin=picture.tobytes() * 10)  # fmt: skip
-    update = next(app.stream_object_detection(str(path), 1.0))
-    with av.open(update.chunk) as container:
-        frame = next(container.decode(video=0))
-        assert (frame.colorspace, frame.color_range) == (5, 1)
-        np.testing.assert_allclose(frame.to_ndarray(format="rgb24")[16, 24], color, atol=6)
+def test_closing_does_not_wait_for_the_step_at_hand_after_which_the_items_are_closed(new_threads):
+    steps = SlowSteps(0.5)
+    items = app.prefetch(app.prefetch(steps.items))
+    assert next(items) == 0
+    began = time.monotonic()
+    items.close()
+    assert time.monotonic() - began < 0.05
+    assert not steps.is_closed.is_set()
+    assert steps.is_closed.wait(2)
+    assert steps.log[-2:] in (["ends 1", "closed"], ["ends 2", "closed"])
+    assert all_end(new_threads)
 
 
-@pytest.mark.parametrize(("suffix", "codec"), [("ts", ("libx264",)), ("webm", ("libvpx", "-b:v", "2M"))])
-def test_a_recording_that_changes_its_size_keeps_the_first_one(suffix, codec, tmp_path):
-    """As browsers do when they share a window whose size changes."""
-    parts = []
-    for name, size, offset in (("small", (160, 96), 0), ("large", (320, 192), 1)):
-        part = Kind(name, suffix, frames=30, size=size, audio=(), video=("-c:v", *codec, "-pix_fmt", "yuv420p"))
-        parts.append((part.make(tmp_path), offset))
-    path = tmp_path / f"both.{suffix}"
-    with av.open(str(path), "w") as target:
-        track = None
-        for part, offset in parts:
-            with av.open(str(part)) as source:
-                stream = source.streams.video[0]
-                track = track or target.add_stream_from_template(stream)
-                shift = round(offset / stream.time_base) - (stream.start_time or 0)
-                for packet in source.demux(stream):
-                    if packet.dts is not None:
-                        packet.dts, packet.pts = packet.dts + shift, packet.pts + shift
-                        packet.stream = track
-                        target.mux(packet)
-    output = play(path)
-    assert {picture.shape for picture in output.pictures} == {(48, 80, 3)}
-    assert [read_number(picture) for picture in output.pictures] == [*range(0, 30, 2)] * 2
+def test_an_error_while_prefetching_comes_in_its_place():
+    def failing():
+        yield 1
+        raise ValueError("broken")
+
+    items = app.prefetch(failing())
+    assert next(items) == 1
+    with pytest.raises(ValueError, match="broken"):
+        next(items)
 
 
-def test_high_dynamic_range_does_not_fail(tmp_path):
-    path = Kind(
-        "hdr", frames=10,
-        video=("-c:v", "libx265", "-pix_fmt", "yuv420p10le", "-x265-params",
-               "log-level=0:colorprim=bt2020:transfer=smpte2084:colormatrix=bt2020nc"),
-    ).make(tmp_path)  # fmt: skip
-    output = play(path)
-    assert len(output.pictures) == 5
+def test_closing_the_stream_does_not_wait_for_a_pass(numbered, small_batches, tmp_path, monkeypatch, new_threads):
+    began, forward = threading.Semaphore(0), app.DETECTOR.model.forward
 
+    def slow(**inputs):
+        began.release()
+        time.sleep(1)
+        return forward(**inputs)
 
-def test_of_several_sound_tracks_the_default_one_is_heard(tmp_path):
-    video = Kind("video", audio=()).make(tmp_path)
-    path = tmp_path / "tracks.mkv"
-    ffmpeg("-i", video, "-f", "lavfi", "-i", "anullsrc=r=48000", "-f", "lavfi", "-i", "sine=f=500", "-map", 0,
-           "-map", 1, "-map", 2, "-c:v", "copy", "-c:a", "libopus", "-shortest", "-disposition:a:0", 0,
-           "-disposition:a:1", "default", path)  # fmt: skip
-    output = play(path)
-    assert np.abs(output.audio.astype(int)).mean() > 500
-
-
-def test_a_steady_tone_has_no_gap_or_click_at_chunk_borders(tmp_path):
-    path = tmp_path / "tone.mp4"
-    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=160x96:r=30000/1001:d=7", "-f", "lavfi", "-i",
-           "sine=f=440:r=48000:d=7", "-c:v", "libx264", "-pix_fmt", "yuv420p", "-c:a", "flac", "-strict", -2,
-           path)  # fmt: skip
-    audio = play(path).audio[:, 0].astype(float)
-    # A sine of w radians a sample obeys x[n+1] = 2 cos(w) x[n] - x[n-1]; a click or a gap does not.
-    steady = audio[1000 : 6 * 48_000]
-    w = 2 * np.pi * 440 / 48_000
-    assert np.abs(steady[2:] - 2 * np.cos(w) * steady[1:-1] + steady[:-2]).max() < 5
+    monkeypatch.setattr(app.DETECTOR.model, "forward", slow)
+    updates = app.stream_object_detection(numbered, 1.0, folder=str(tmp_path), every_batch=True)
+    next(updates)
+    for _ in range(2):
+        began.acquire(timeout=5)
+    closed_at = time.monotonic()
+    updates.close()
+    assert time.monotonic() - closed_at < 0.1
+    assert all_end(new_threads)

@@ -31,35 +31,11 @@ def test_eight_clients_at_once_get_each_what_they_get_alone(server, tmp_path):
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(visit, jobs, timeout=200))
     for (path, threshold, resolution), (annotated, found) in zip(jobs, answers, strict=True):
-        info = app.read_video_info(str(path), resolution)
-        report, chunks = app.Report(info, threshold, []), []
-        for update in app.stream_object_detection(info, threshold):
+        report = app.Report(str(path), threshold, [], resolution)
+        for update in app.stream_object_detection(str(path), threshold, resolution=resolution, folder=tmp_path):
             report.add(update)
-            chunks.append(update.chunk)
         assert found == json.loads(json.dumps(report.as_dict()))
-        np.testing.assert_array_equal(read_chunks([annotated]).pictures, read_chunks(chunks).pictures)
-
-
-def test_visitors_take_turns_at_the_model(tmp_path, monkeypatch):
-    """A batch each: nobody has two thirds of the model while another one waits."""
-    turns = []
-    infos = [app.read_video_info(str(Kind(f"fair{n}", frames=160, audio=()).make(tmp_path))) for n in range(2)]
-    find = app.detect_batches
-
-    def noting(video, *args):
-        for batch in find(video, *args):
-            turns.append(video.path)
-            yield batch
-
-    monkeypatch.setattr(app.DETECTOR, "batch_frames", 4)
-    monkeypatch.setattr(app, "detect_batches", noting)
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda info: list(app.stream_object_detection(info, 0.3)), infos))
-    together = turns[: min(len(turns) - turns[::-1].index(info.path) for info in infos)]
-    together = together[max(together.index(info.path) for info in infos) :]
-    assert len(together) > 12
-    for info in infos:
-        assert together.count(info.path) / len(together) > 1 / 3
+        np.testing.assert_array_equal(read_chunks([annotated]).pictures, read_chunks(report.chunks).pictures)
 
 
 class Visitor:

@@ -1,165 +1,198 @@
-"""GPUs that are lent for seconds: what is asked for, and how a run ends and goes on in another process."""
+"""GPUs that are lent for seconds: what a run requests, how it goes on with the next call, and when it gives them back.
 
-import dataclasses
-import math
-import multiprocessing
+zerogpu_space.py runs the app with the real wrapper of `spaces`, which forks workers, in a process of its own.
+"""
+
+import json
 import os
 import pickle
-import signal
-import threading
-import time
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
-import gradio as gr
 import numpy as np
 import pytest
-from test_streaming import count_passes
-from videos import Kind, read_chunks, read_number
 
 import app
 
-
-@pytest.fixture
-def video(tmp_path):
-    """61 output frames in three chunks, with a beep each second."""
-    return str(Kind("lent", frames=122).make(tmp_path))
+ALL_NUMBERS = list(range(0, 122, 2))  # of the pictures: at half the rate, every second one is shown
+SAMPLES_PER_FRAME = 48_000 // 15
 
 
-@pytest.fixture
-def on_zerogpu(monkeypatch):
-    monkeypatch.setattr(app, "ON_ZEROGPU", True)
-    monkeypatch.setattr(app, "GPU_PACE", app.GpuPace())
+@pytest.fixture(scope="module")
+def happened(tmp_path_factory) -> Callable[[str], dict]:
+    """What happened in one of the scenarios, by its name."""
+    folder = tmp_path_factory.mktemp("space")
+    (folder / "tmp").mkdir()
+    script, env = Path(__file__).with_name("zerogpu_space.py"), {**os.environ, "TMPDIR": str(folder / "tmp")}
+    subprocess.run([sys.executable, script, folder], env=env, check=True, timeout=240)
+    report = json.loads((folder / "report.json").read_text())
+
+    def in_scenario(name: str) -> dict:
+        assert "traceback" not in report[name], report[name]["traceback"]
+        return report[name]
+
+    return in_scenario
 
 
-def watch(video, conf_threshold=1.0):
-    """The numbers that the pictures of a run on the page show, and its sound."""
-    numbers, sound = [], []
-    for update in app.updates_of(app.read_video_info(video), conf_threshold, ()):
-        if update and update.chunk:
-            output = read_chunks([update.chunk])
-            numbers += [read_number(picture) for picture in output.pictures]
-            sound.append(output.audio)
-    return numbers, np.concatenate(sound)
+def assert_beginning(run: dict) -> None:
+    """The run shows some of the video, from its first frame on, without a gap, and with as much sound as picture."""
+    frames = len(run["numbers"])
+    assert 0 < frames < len(ALL_NUMBERS)
+    assert run["numbers"] == ALL_NUMBERS[:frames]
+    assert run["samples"] == pytest.approx(frames * SAMPLES_PER_FRAME, abs=2)
 
 
-def test_what_is_asked_for_follows_the_video_and_is_capped(video, on_zerogpu):
-    info = app.read_video_info(video)
-    short = app.gpu_seconds(video, 0.3)
-    assert app.GPU_RESERVE_SECONDS < short < 15
-    hour = dataclasses.replace(info, duration_seconds=3600.0, width=1920, height=1080)
-    assert app.gpu_seconds(hour, 0.3) == app.GPU_SECONDS
-    assert app.gpu_seconds(hour, 0.3, start=math.floor(3599 * hour.output_fps)) < 15, "only the rest is asked for"
-    assert app.gpu_seconds(hour, 0.3, budget=17) == 17
+def assert_whole(run: dict) -> None:
+    assert run["error"] is None
+    assert run["is_end"]
+    assert run["numbers"] == ALL_NUMBERS
+    assert run["samples"] == pytest.approx(len(ALL_NUMBERS) * SAMPLES_PER_FRAME, abs=2)
 
 
-def test_the_estimate_learns_from_measured_speed(video, on_zerogpu):
-    info = dataclasses.replace(app.read_video_info(video), duration_seconds=120.0)
-    first = app.GPU_PACE.estimate(info, 0)
-    app.GPU_PACE.learn(info, seconds=10, took=3)
-    assert app.GPU_PACE.estimate(info, 0) > first + 10
-    for _ in range(8):
-        app.GPU_PACE.learn(info, seconds=10, took=0.1)
-    assert app.GPU_PACE.estimate(info, 0) < first
+def test_a_run_shows_every_frame_and_gives_its_gpu_back_once(happened):
+    run = happened("whole_run")
+    assert_whole(run)
+    assert len(run["requests"]) == len(run["releases"]) == 1
+    assert run["overrun"] == 0
+    assert run["left"] == []
 
 
-def test_a_run_on_the_page_teaches_the_estimate(video, on_zerogpu):
-    before = app.GPU_PACE.estimate(app.read_video_info(video), 0)
-    watch(video)
-    taught = app.GPU_PACE.estimate(dataclasses.replace(app.read_video_info(video), duration_seconds=60.0), 0)
-    assert taught != before
+def test_the_platform_learns_which_visitor_a_gpu_is_for(happened):
+    assert happened("whole_run")["visitors"] == ["a visitor's request"]
 
 
-def test_a_budget_that_runs_out_ends_cleanly_and_the_next_run_costs_only_the_rest(video, on_zerogpu, monkeypatch):
-    warnings, passes = [], count_passes(monkeypatch)
-    monkeypatch.setattr(gr, "Warning", warnings.append)
-    monkeypatch.setattr(app.DETECTOR, "batch_frames", 4)
-    detect = app.Detector.__call__
-    monkeypatch.setattr(app.Detector, "__call__", lambda *args: time.sleep(0.2) or detect(*args))
-    monkeypatch.setattr(app.GpuPace, "estimate", lambda *_: app.GPU_RESERVE_SECONDS + 1.5)
-    numbers, sound = watch(video)
-    assert 0 < len(numbers) < 61
-    assert numbers == list(range(0, 2 * len(numbers), 2)), "all that was found is playable"
-    assert len(sound) == pytest.approx(len(numbers) / 15 * 48_000, abs=2)
-    assert len(warnings) == 1
-    assert f"second {len(numbers) / 15:.0f}" in warnings[0]
-
-    asked = []
-    monkeypatch.setattr(app.GpuPace, "estimate", lambda self, info, start: asked.append(start) or 60)
-    assert watch(video)[0] == list(range(0, 122, 2)), "the page sees the video whole, the known part without a GPU"
-    assert asked == [len(numbers)]
-    assert sum(passes) == 61, "no frame has gone through the model twice"
+@pytest.mark.parametrize("scenario", ["budget_that_ends", "budget_that_ends_and_another_gpu"])
+def test_a_run_goes_on_with_the_next_gpu_call(happened, scenario):
+    run = happened(scenario)
+    assert_whole(run)
+    assert len(run["requests"]) >= 2
+    assert len(run["releases"]) == len(run["requests"])
+    assert not any(failed for _, failed in run["releases"])
 
 
-def test_what_goes_through_the_queues_can_be_pickled(video):
-    info = app.read_video_info(video)
-    again = pickle.loads(pickle.dumps(info))
-    for update in app.stream_object_detection(again, 0.3, heartbeat=True):
-        assert pickle.loads(pickle.dumps(update)) == update
+def test_a_later_call_requests_only_the_rest(happened):
+    requests = happened("budget_that_ends")["requests"]
+    assert requests == sorted(set(requests), reverse=True)
 
 
-def lend(arguments, results):
-    """ZeroGPU's worker: a forked process, which gets its arguments and gives its results through queues."""
-    for update in app.stream_object_detection(**arguments.get()):
-        results.put(update)
-    results.put("end")
+def test_a_second_run_with_another_threshold_needs_no_gpu(happened):
+    run = happened("budget_that_ends")
+    assert_whole(run["again"])
+    assert run["requests_of_again"] == 0
 
 
-def run_as_a_space(main, *arguments):
-    """What `main`, a Space's main process, reports. Spawned, so that nothing of the tests' own process is in it."""
-    spawn = multiprocessing.get_context("spawn")
-    report = spawn.Queue()
-    process = spawn.Process(target=main, args=(*arguments, report))
-    process.start()
-    reported = report.get(timeout=120)
-    process.join(20)
-    assert process.exitcode == 0
-    return reported
+def test_a_refused_call_ends_the_run_with_the_reason_and_what_there_is(happened):
+    run = happened("refused_second_call")
+    assert_beginning(run)
+    assert run["error"][0] == "ZeroGPU quota exceeded"
+    assert "Try again in 3:04:05" in run["error"][1]
+    assert len(run["releases"]) == 1
 
 
-def detect_in_a_thread(frames, found):
-    thread = threading.Thread(target=lambda: found.put(len(app.DETECTOR(frames))))
-    thread.start()
-    thread.join()
+def test_a_killed_worker_ends_the_run_with_an_error_and_what_there_is(happened):
+    run = happened("killed_worker")
+    assert_beginning(run)
+    assert run["error"] == ["ZeroGPU worker error", "GPU task aborted"]
+    assert [failed for _, failed in run["releases"]] == [True]
+    assert run["left"] == []
 
 
-def detect_in_forks(count, report):
-    """How many of the forked processes could ask the model, each in a thread other than its first one."""
-    app.torch.set_num_threads(1)
-    frames = [np.zeros((90, 160, 3), np.uint8)] * app.DETECTOR.batch_frames
-    fork = multiprocessing.get_context("fork")
-    good = 0
-    for _ in range(count):
-        found = fork.SimpleQueue()
-        worker = fork.Process(target=detect_in_a_thread, args=(frames, found))
-        worker.start()
-        worker.join(20)
-        good += not found.empty()
-    report.put(good)
+def test_the_next_run_gets_another_worker_after_one_was_killed(happened):
+    assert_whole(happened("killed_worker")["next"])
 
 
-def test_every_forked_worker_can_use_pytorch():
-    assert run_as_a_space(detect_in_forks, 40) == 40
+def test_a_visitor_who_leaves_gives_the_gpu_back(happened):
+    run = happened("visitor_who_leaves")
+    assert run["seconds_to_close"] < 0.1, "the event loop has other visitors"
+    assert run["seconds_to_release"] < 2
+    assert run["releases"][0][1] is False
+    assert run["left"] == []
 
 
-def space(video, report):
-    """A Space's main process: its first worker is killed in mid-stream, its second one goes on."""
-    app.torch.set_num_threads(1)  # a pool of threads would not survive the fork
-    fork = multiprocessing.get_context("fork")
-    info, numbers, start = app.read_video_info(video), [], 0
-    for is_to_be_killed in (True, False):
-        arguments, results = fork.Queue(), fork.Queue()
-        worker = fork.Process(target=lend, args=(arguments, results))
-        worker.start()
-        arguments.put({"video": info, "conf_threshold": 1.0, "start": start, "budget": 60.0})
-        while (update := results.get(timeout=60)) != "end":
-            numbers += [read_number(picture) for picture in read_chunks([update.chunk]).pictures]
-            os.remove(update.chunk)
-            if is_to_be_killed:
-                os.kill(worker.pid, signal.SIGKILL)
-                break
-        worker.join(10)
-        start = len(numbers)
-    report.put(numbers)
+def test_the_next_visitor_gets_the_worker_of_one_who_left(happened):
+    assert_whole(happened("visitor_who_leaves")["next"])
 
 
-def test_a_forked_worker_is_killed_and_another_one_goes_on(video):
-    assert run_as_a_space(space, video) == list(range(0, 122, 2))
+def test_a_visitor_who_waits_for_a_gpu_is_told_so(happened):
+    run = happened("visitor_who_leaves_while_waiting")
+    assert run["heartbeats"] >= 2
+    assert run["said_so"]
+
+
+def test_a_gpu_that_comes_too_late_is_given_back_at_once(happened):
+    run = happened("visitor_who_leaves_while_waiting")
+    assert run["granted_before"] == 0
+    assert run["seconds_to_close"] < 0.1
+    assert len(run["requests"]) == len(run["releases"]) == 1
+    assert run["seconds_to_release"] < 3
+    assert run["left"] == []
+
+
+def test_the_main_process_warns_of_a_damaged_file(happened):
+    run = happened("damaged_file")
+    assert_beginning(run)
+    assert run["is_end"]
+    assert run["by_worker"] == ""
+    assert f"second {len(run['numbers']) / 15:.1f}" in run["warning"]
+
+
+def test_visitors_at_the_same_time_have_a_worker_each(happened):
+    run = happened("visitors_at_once")
+    assert run["runs"] == [ALL_NUMBERS] * 3
+    assert len({token for token, _ in run["releases"]}) == 3
+
+
+def test_every_forked_worker_can_use_pytorch_in_a_thread(happened):
+    run = happened("forks")
+    assert run["frames"] == [4] * 10
+    assert len({token for token, _ in run["releases"]}) == 10
+
+
+def test_the_pace_is_learned_from_each_call(happened):
+    assert len(happened("whole_run")["learned"]) == 1
+    run = happened("budget_that_ends")
+    assert 40 < sum(frames for frames, _ in run["learned"]) < 61  # the first update of a call has its start in it
+    assert len(run["learned"]) == len(run["requests"])
+
+
+def test_a_slow_page_does_not_look_like_a_slow_gpu(happened):
+    run = happened("slow_page")
+    ((_, seconds),) = run["learned"]
+    assert seconds < run["paused_seconds"]
+
+
+def test_a_request_follows_the_length_of_the_rest_and_is_capped(happened):
+    pace = app.GpuPace()
+    assert happened("whole_run")["requests"] == [pace.budget_seconds(61)]
+    assert app.GPU_RESERVE_SECONDS < pace.budget_seconds(1) < pace.budget_seconds(300) < app.GPU_SECONDS
+    assert pace.budget_seconds(1_000_000) == app.GPU_SECONDS
+
+
+def test_a_short_slow_clip_changes_the_next_request_little():
+    pace = app.GpuPace()
+    before = pace.budget_seconds(300)
+    pace.learn(frames=15, seconds=4)
+    assert before <= pace.budget_seconds(300) < 1.5 * before < app.GPU_SECONDS
+
+
+def test_the_request_follows_a_gpu_that_is_fast_or_slow():
+    fast, slow = app.GpuPace(), app.GpuPace()
+    before = fast.budget_seconds(600)
+    for _ in range(5):
+        fast.learn(frames=1000, seconds=5)
+        slow.learn(frames=300, seconds=18)
+    assert fast.budget_seconds(600) < 0.6 * before
+    assert slow.budget_seconds(600) > 1.5 * before
+
+
+def test_an_update_can_be_pickled(tmp_path):
+    video = app.EXAMPLES / "bouncing-shapes.mp4"
+    update = next(app.stream_object_detection(str(video), 0.3, folder=str(tmp_path), every_batch=True))
+    again = pickle.loads(pickle.dumps(update))
+    assert again._replace(frames=[]) == update._replace(frames=[])
+    assert len(again.frames) > 0
+    for frame, frame_again in zip(update.frames, again.frames, strict=True):
+        assert frame_again[:3] == frame[:3]
+        assert np.array_equal(frame_again.detections, frame.detections)

@@ -1,11 +1,13 @@
-"""Videos of every kind, made with ffmpeg so that each frame and each beep is known, and how to read them back.
+"""Makes videos of every kind with ffmpeg, with numbered frames and a beep per second, and reads chunks back.
 
 Each picture carries its own number in a grid of 4 x 4 dark and light cells: a marker in the first row, which
 shows that the picture is neither turned nor mirrored, and twelve bits in the other three. Each quarter has a tint
 of its own, so that colours in the wrong place are noticed. The sound has a beep of 50 ms at every whole second.
 """
 
+import itertools
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -15,12 +17,12 @@ import av
 import numpy as np
 from gradio_client import Client, handle_file
 
-import app
+from video import AudioReader, ChunkWriter, read_video_info, sample_frames
 
 MARKER = (1, 0, 1, 1)
 BEEP_SECONDS = 0.05
 BLACK, WHITE = 40, 215
-# What the four quarters add to red, green and blue; it leaves the brightness as it is.
+# Added to red, green and blue of the four quarters; the brightness stays the same.
 TINTS = np.array([[(40, -20, 0), (-40, 20, 0)], [(-13, 0, 40), (13, 0, -40)]])
 
 
@@ -32,7 +34,7 @@ def ffmpeg(*args: object, stdin: bytes | None = None) -> None:
 
 
 def numbered_picture(number: int, width: int, height: int) -> np.ndarray:
-    """RGB picture (height, width, 3) uint8 that says its number."""
+    """RGB picture (height, width, 3) uint8 that carries its number."""
     bits = MARKER + tuple(number >> bit & 1 for bit in range(12))
     grid = np.where(np.array(bits).reshape(4, 4), WHITE, BLACK)[..., None] + TINTS.repeat(2, 0).repeat(2, 1)
     rows = np.arange(height) * 4 // height
@@ -41,7 +43,7 @@ def numbered_picture(number: int, width: int, height: int) -> np.ndarray:
 
 
 def read_number(picture: np.ndarray) -> int:
-    """The number that a picture (H, W, 3) says; fails if the picture is turned, mirrored or cropped."""
+    """The number that a picture (H, W, 3) carries; fails if the picture is turned, mirrored or cropped."""
     height, width = picture.shape[:2]
     centers = [[picture[h : h + 2, w : w + 2].mean() for w in _centers(width)] for h in _centers(height)]
     bits = (np.array(centers) > 128).flatten().astype(int)
@@ -76,7 +78,7 @@ def beeps(seconds: float, rate: int = 48_000) -> np.ndarray:
 
 def beep_onsets(samples: np.ndarray, rate: int) -> list[float]:
     """Seconds at which beeps start in int16 (samples,) or (samples, 2)."""
-    loud = np.abs(samples.astype(int)).reshape(len(samples), -1).max(axis=1) > 3_000
+    loud = (np.abs(samples.astype(int)) > 3_000).any(axis=tuple(range(1, samples.ndim)))
     places = np.flatnonzero(loud)
     starts = places[np.diff(places, prepend=-rate) > rate // 4]
     return (starts / rate).tolist()
@@ -84,10 +86,10 @@ def beep_onsets(samples: np.ndarray, rate: int) -> list[float]:
 
 @dataclass
 class Kind:
-    """One kind of video: how ffmpeg makes it, and what is to be expected of it.
+    """One kind of video: how ffmpeg makes it, and its expected output.
 
-    `video` and `audio` are ffmpeg's output options; without `audio` there is no sound. `times`, if given, are
-    the seconds at which the frames are shown, else the rate is constant. `expected_fps` is the source's.
+    `video` and `audio` are ffmpeg's output options; without `audio` there is no sound. `times` are the seconds at
+    which the frames are shown; without them, the rate is constant.
     """
 
     name: str
@@ -150,7 +152,7 @@ class Kind:
 
 @dataclass
 class Output:
-    """What chunks say when they are played one after the other."""
+    """Pictures and sound of chunks that are played one after the other."""
 
     pictures: list[np.ndarray]  # RGB, (H, W, 3) uint8
     fps: Fraction
@@ -159,7 +161,7 @@ class Output:
 
 
 def read_chunks(paths: Sequence[str | Path]) -> Output:
-    """Decode chunks, and check what has to be true of each."""
+    """Decodes chunks. Each must be H.264 in 4:2:0, begin with a key frame, and have the same frame rate."""
     pictures, audio, rates, seconds = [], [], set(), 0.0
     for path in paths:
         with av.open(str(path)) as container:
@@ -180,12 +182,39 @@ def read_chunks(paths: Sequence[str | Path]) -> Output:
     return Output(pictures, rates.pop(), seconds, sound)
 
 
-def play(path: Path, conf_threshold: float = 1.0, **settings: object) -> Output:
-    """What the generator makes of a video; by default without any box, so that the pictures can be read."""
-    return read_chunks([update[0] for update in app.stream_object_detection(str(path), conf_threshold, **settings)])
+def write_chunks(
+    path: Path, folder: str | Path, scale: Fraction = Fraction(1, 2), step: int = 2, start: int = 0
+) -> list[str]:
+    """Writes a video as chunks of two seconds, with its sound and without any box. Returns their paths.
+
+    Args:
+        step: The source has this many frames per output frame.
+        start: The output frame to begin with.
+    """
+    info = read_video_info(path)
+    fps = info.fps / step
+    chunk_frames = max(1, round(2 * fps))
+    audio = AudioReader(info, start / fps) if info.has_audio else None
+    chunks = []
+    frames = enumerate(sample_frames(info, fps, scale, start), start)
+    for _, items in itertools.groupby(frames, lambda item: item[0] // chunk_frames):
+        indices, group = zip(*items, strict=True)
+        writer = ChunkWriter(str(folder), group[0].image.shape[1::-1], fps, bool(audio))
+        for frame in group:
+            writer.write(frame.image)
+        if audio:
+            writer.write_audio(audio.read_until((indices[-1] + 1) / fps))
+        chunks.append(writer.close())
+    return chunks
+
+
+def play(path: Path, scale: Fraction = Fraction(1, 2), step: int = 2, start: int = 0) -> Output:
+    """A video as its chunks show it, by default at half the size and every second frame."""
+    with tempfile.TemporaryDirectory(prefix="play-") as folder:
+        return read_chunks(write_chunks(path, folder, scale, step, start))
 
 
 def ask_for_whole_video(client: Client, path: Path, *settings: object) -> tuple[str, dict]:
-    """What the endpoint `detect_video` gives: the path of the annotated video, and what was found."""
+    """The answer of the endpoint `detect_video`: the path of the annotated video, and the detections."""
     annotated, found = client.predict(handle_file(path), *settings, api_name="/detect_video")
     return annotated["video"] if isinstance(annotated, dict) else annotated, found

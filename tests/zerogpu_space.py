@@ -1,0 +1,357 @@
+"""A Space on ZeroGPU, on a machine without a GPU: `python zerogpu_space.py FOLDER` writes FOLDER/report.json.
+
+The app runs as it would there, with the real `spaces` package: its wrapper forks workers and carries the updates
+from them. Only what needs CUDA and the platform's device API are replaced. Each function under "scenarios" is one
+entry of the report, which test_zerogpu.py checks.
+"""
+
+# ruff: noqa: E402
+
+import asyncio
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT, FOLDER = Path(__file__).parents[1], Path(sys.argv[1])
+sys.path.insert(0, str(ROOT))
+os.environ |= {
+    "SPACES_ZERO_GPU": "true",
+    "SPACES_ZERO_DEVICE_API_URL": "http://device-api.invalid",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+import torch
+
+
+def do_nothing(*_: object, **__: object) -> int:
+    return 0
+
+
+torch.version.cuda = "12.8"  # `spaces` refuses to start with a PyTorch that was built for CPUs
+torch._C._cuda_init = torch.cuda._is_in_bad_fork = do_nothing
+
+import spaces.zero.torch
+import spaces.zero.wrappers
+
+spaces.zero.torch.unpatch()  # the app is to choose the CPU
+for module in (spaces.zero.torch, spaces.zero.wrappers.torch):
+    module.unpatch = module.init = module.size = module.move = module.enter_mode = do_nothing
+
+import cv2
+from gradio.context import LocalContext
+from videos import Kind, read_chunks, read_number
+
+import app
+
+torch.set_num_threads(1)  # a pool of threads would not survive the fork; with a GPU there is none
+cv2.setNumThreads(4)  # as on a machine with more cores
+
+GPU_INDICES = iter(range(1_000_000))
+
+
+class Platform:
+    """What lends the GPUs, and a record of it. Each platform has GPUs of its own, so it begins with new workers."""
+
+    def __init__(self):
+        self.requests: list[float] = []  # seconds
+        self.visitors: list[object] = []  # who asked, as far as the wrapper knows
+        self.releases: list[tuple[str, bool]] = []  # whose, and whether the worker failed
+        self.overrun = 0  # how many calls took longer than requested
+        self.waiting_seconds = 0.0  # until a GPU is granted
+        self.refuses_after = 1_000  # calls
+        self.has_always_new_gpus = False
+        self._free: list[int] = []
+        self._lock = threading.Lock()
+        spaces.zero.client.schedule, spaces.zero.client.release = self.schedule, self.release
+        spaces.zero.client.allow, spaces.zero.client.duration_warning = do_nothing, self.warn
+
+    def schedule(self, *, request: object, duration: object, **_: object) -> SimpleNamespace:
+        if len(self.requests) >= self.refuses_after:
+            message = "You have exceeded your free ZeroGPU quota (60s requested vs. 12s left). Try again in 3:04:05. "
+            raise spaces.zero.gradio.error("ZeroGPU quota exceeded", message)
+        time.sleep(self.waiting_seconds)
+        with self._lock:
+            self.requests.append(duration.total_seconds())
+            self.visitors.append(request)
+            gpu = self._free.pop() if self._free and not self.has_always_new_gpus else next(GPU_INDICES)
+        return SimpleNamespace(allowToken=str(gpu), nvidiaIndex=gpu, nvidiaUUID=f"GPU-{gpu}", idle=True)
+
+    def release(self, token: str, *, fail: bool = False, allow_404: bool = False) -> None:
+        with self._lock:
+            self.releases.append((token, fail))
+            self._free.append(int(token))
+
+    def warn(self) -> None:
+        self.overrun += 1
+
+
+@contextlib.contextmanager
+def patched(target: object, **values: object):
+    old = {name: getattr(target, name) for name in values}
+    for name, value in values.items():
+        setattr(target, name, value)
+    try:
+        yield
+    finally:
+        for name, value in old.items():
+            setattr(target, name, value)
+
+
+def slow_gpu(seconds: float):
+    """A model that takes `seconds` for a pass of four frames, in the workers that are forked meanwhile."""
+    detect = app.Detector.__call__
+    return patched(app.Detector, __call__=lambda *args: time.sleep(seconds) or detect(*args))
+
+
+@contextlib.contextmanager
+def short_budgets():
+    """Calls that are over before the video is."""
+    with (
+        patched(app, GPU_RESERVE_SECONDS=0.3),
+        patched(app.GpuPace, budget_seconds=lambda _, frames: 1.5 + frames / 100),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def lessons():
+    """What the pace learns meanwhile: frames and seconds of each call."""
+    learned, learn = [], app.GpuPace.learn
+    with patched(app.GpuPace, learn=lambda pace, *lesson: learned.append(lesson) or learn(pace, *lesson)):
+        yield learned
+
+
+def new_report(video: str, conf_threshold: float = 1.0) -> app.Report:
+    return app.Report(video, conf_threshold, [], app.HALF)
+
+
+def watch(report: app.Report, after_each=do_nothing) -> dict:
+    """A run from its beginning to its end: what the chunks show, and what went wrong."""
+    numbers, samples, error = [], 0, None
+    try:
+        with contextlib.closing(app.stream_updates(report)) as updates:
+            for update in updates:
+                report.add(update)
+                if update.chunk:
+                    output = read_chunks([update.chunk])
+                    numbers += [read_number(picture) for picture in output.pictures]
+                    samples += len(output.audio)
+                after_each(update)
+    except Exception as raised:
+        error = app.user_facing_error(raised)
+    report.release_folder()
+    return {
+        "numbers": numbers,
+        "samples": samples,
+        "frames": report.output_frames,
+        "is_end": report.is_end,
+        "error": error and [error.title, error.message],
+    }
+
+
+def record(platform: Platform) -> dict:
+    return {"requests": [*platform.requests], "releases": [*platform.releases], "overrun": platform.overrun}
+
+
+def temporary_files() -> list[str]:
+    return [str(path) for path in Path(os.environ["TMPDIR"]).rglob("chunk*")]
+
+
+def seconds_until(condition, limit: float = 15) -> float:
+    began = time.monotonic()
+    while not condition() and time.monotonic() < began + limit:
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+# ------------------------------------------------------------------------------------------------------ scenarios
+
+
+def whole_run(video: str, platform: Platform) -> dict:
+    LocalContext.request.set("a visitor's request")
+    with lessons() as learned:
+        run = watch(new_report(video))
+    LocalContext.request.set(None)
+    return run | record(platform) | {"visitors": platform.visitors, "learned": learned, "left": temporary_files()}
+
+
+def budget_that_ends(video: str, platform: Platform) -> dict:
+    with short_budgets(), slow_gpu(0.2), lessons() as learned:
+        run = watch(new_report(video)) | {"learned": learned}
+        requests = len(platform.requests)
+        again = watch(new_report(video, conf_threshold=0.99))
+    return run | record(platform) | {"again": again, "requests_of_again": len(platform.requests) - requests}
+
+
+def budget_that_ends_and_another_gpu(video: str, platform: Platform) -> dict:
+    platform.has_always_new_gpus = True
+    with short_budgets(), slow_gpu(0.2):
+        return watch(new_report(video)) | record(platform)
+
+
+def slow_page(video: str, platform: Platform) -> dict:
+    platform.refuses_after, pauses = 1, iter([3])
+    with short_budgets(), slow_gpu(0.2), lessons() as learned:
+        watch(new_report(video), after_each=lambda _: time.sleep(next(pauses, 0)))
+    return {"learned": learned, "paused_seconds": 3}
+
+
+def refused_second_call(video: str, platform: Platform) -> dict:
+    platform.refuses_after = 1
+    with short_budgets(), slow_gpu(0.2):
+        return watch(new_report(video)) | record(platform)
+
+
+def killed_worker(video: str, platform: Platform) -> dict:
+    def kill_worker(update: app.StreamUpdate) -> None:
+        if update.chunk:
+            (worker,) = multiprocessing.active_children()
+            os.kill(worker.pid, signal.SIGKILL)
+
+    with slow_gpu(0.2):
+        run = watch(new_report(video), after_each=kill_worker) | record(platform)
+    return run | {"next": watch(new_report(video)), "left": temporary_files()}
+
+
+def visitor_who_leaves(video: str, platform: Platform) -> dict:
+    async def leave_after_a_chunk() -> float:
+        report = new_report(video)
+        updates = app.in_background(app.stream_updates(report))
+        async for update in updates:
+            if update and update.chunk:
+                break
+        began = time.monotonic()
+        await updates.aclose()
+        report.release_folder()
+        return time.monotonic() - began
+
+    with slow_gpu(0.1):
+        seconds_to_close = asyncio.run(leave_after_a_chunk())
+        seconds_to_release = seconds_until(lambda: platform.releases)
+        seconds_until(lambda: not temporary_files())
+    found = {"seconds_to_close": seconds_to_close, "seconds_to_release": seconds_to_release}
+    return found | record(platform) | {"left": temporary_files(), "next": watch(new_report(video))}
+
+
+def visitor_who_leaves_while_waiting(video: str, platform: Platform) -> dict:
+    platform.waiting_seconds = 2.5
+
+    async def leave_after_a_second() -> tuple[int, bool, float]:
+        report, heartbeats, said_so, began = new_report(video), 0, False, time.monotonic()
+        updates = app.in_background(app.stream_updates(report))
+        async for update in updates:
+            heartbeats += update is None
+            said_so = said_so or "Waiting for a GPU" in report.status()
+            if time.monotonic() > began + 1.4:
+                break
+        began = time.monotonic()
+        await updates.aclose()
+        report.release_folder()
+        return heartbeats, said_so, time.monotonic() - began
+
+    with slow_gpu(0.2):
+        heartbeats, said_so, seconds_to_close = asyncio.run(leave_after_a_second())
+        granted_before = len(platform.requests)
+        seconds_until(lambda: platform.requests)
+        seconds_to_release = seconds_until(lambda: platform.releases)
+        seconds_until(lambda: not temporary_files())
+    return record(platform) | {
+        "heartbeats": heartbeats,
+        "said_so": said_so,
+        "seconds_to_close": seconds_to_close,
+        "granted_before": granted_before,
+        "seconds_to_release": seconds_to_release,
+        "left": temporary_files(),
+    }
+
+
+def damaged_file(video: str, platform: Platform) -> dict:
+    cut_off = Path(video).with_name("cut-off.mp4")
+    content = Path(video).read_bytes()
+    cut_off.write_bytes(content[: len(content) * 6 // 10])
+    log = FOLDER / "warnings.txt"  # a file, since a worker's list would be lost
+    log.touch()
+    report = new_report(str(cut_off))
+    with patched(app.gr, Warning=lambda message: log.open("a").write(f"{os.getpid()} {message}\n")):
+        run = watch(report)
+        by_worker = log.read_text()
+        report.warn_if_damaged()
+    warning = log.read_text().removeprefix(by_worker)
+    return run | {"by_worker": by_worker, "warning": warning}
+
+
+def visitors_at_once(video: str, platform: Platform) -> dict:
+    runs = []
+
+    async def visit(delay: float) -> None:
+        await asyncio.sleep(delay)
+        report, numbers = new_report(video), []
+        async with contextlib.aclosing(app.in_background(app.stream_updates(report))) as updates:
+            async for update in updates:
+                if update and update.chunk:
+                    pictures = (await asyncio.to_thread(read_chunks, [update.chunk])).pictures
+                    numbers += [read_number(picture) for picture in pictures]
+        report.release_folder()
+        runs.append(numbers)
+
+    async def all_visits() -> None:
+        await asyncio.gather(*(visit(delay) for delay in (0, 0.05, 0.5)))
+
+    with slow_gpu(0.05):
+        asyncio.run(all_visits())
+    return record(platform) | {"runs": runs}
+
+
+def forks(video: str, platform: Platform) -> dict:
+    """The wrapper runs each call in a thread that is not the worker's first one."""
+    platform.has_always_new_gpus = True
+    frames = []
+    for _ in range(10):
+        os.utime(video)
+        frames.append(watch(new_report(video))["frames"])
+    return {"frames": frames} | record(platform)
+
+
+def main() -> None:
+    assert app.ON_ZEROGPU and app.DETECTOR.device.type == "cpu"
+    app.DETECTOR.batch_frames = 4
+    video = str(Kind("lent", frames=122, muxer=("-movflags", "+faststart")).make(FOLDER))  # 61 frames, three chunks
+    short = str(Kind("short", frames=8, size=(640, 384)).make(FOLDER))
+    scenarios = [
+        (whole_run, video),
+        (budget_that_ends, video),
+        (budget_that_ends_and_another_gpu, video),
+        (slow_page, video),
+        (refused_second_call, video),
+        (killed_worker, video),
+        (visitor_who_leaves, video),
+        (visitor_who_leaves_while_waiting, video),
+        (damaged_file, video),
+        (visitors_at_once, video),
+        (forks, short),
+    ]
+    report = {}
+    for scenario, path in scenarios:
+        app.GPU_PACE, began = app.GpuPace(), time.monotonic()
+        os.utime(path)  # so that the cache takes it for another file
+        try:
+            report[scenario.__name__] = scenario(path, Platform())
+        except Exception:
+            report[scenario.__name__] = {"traceback": traceback.format_exc()}
+        report[scenario.__name__]["took"] = round(time.monotonic() - began, 2)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        seconds_until(lambda: not multiprocessing.active_children())
+    (FOLDER / "report.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
