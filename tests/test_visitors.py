@@ -1,13 +1,17 @@
 """Many visitors at once, and visitors who leave: each gets his own result, and nothing of him stays."""
 
+import asyncio
 import json
 import os
 import re
+import statistics
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import gradio as gr
 import numpy as np
 import pytest
 from gradio_client import Client
@@ -136,3 +140,103 @@ def test_after_fifty_visitors_who_went_all_is_as_after_the_fifth(server_process,
     assert now["threads"] <= after_five["threads"] + 3  # the server's own pool
     assert now["open files"] <= after_five["open files"] + 3
     assert now["memory"] < after_five["memory"] + 60
+
+
+# ------------------------------------------------------------------------------------------------- the queue
+
+
+def request_of(session):
+    return SimpleNamespace(session_hash=session)
+
+
+async def watch(session, path, lines):
+    """A run of one session on the page; collects its status lines."""
+    async for _, status, *_ in app.stream_to_page(str(path), 0.3, [], app.HALF, request_of(session)):
+        if isinstance(status, str):
+            lines.append(status)
+
+
+@pytest.fixture
+def video(tmp_path):
+    return Kind("queued", frames=70, audio=()).make(tmp_path)
+
+
+def test_a_run_that_waits_says_its_position_and_can_be_stopped(video, monkeypatch):
+    monkeypatch.setattr(app, "VISITORS_AT_ONCE", 0)
+    lines = []
+
+    async def wait_and_stop():
+        run = asyncio.create_task(watch("a", video, lines))
+        while not lines:
+            await asyncio.sleep(0.01)
+        await app.stop_run(request_of("a"))
+        await asyncio.wait_for(run, timeout=2)
+
+    asyncio.run(wait_and_stop())
+    assert lines[0] == "Waiting for other visitors: position 1 in the queue."
+    assert lines[-1].startswith("Stopped: 0.0 s of video")
+    assert not app.QUEUE and not app.RUNS
+
+
+def test_runs_beyond_the_limit_wait_for_their_turn(video, monkeypatch):
+    monkeypatch.setattr(app, "VISITORS_AT_ONCE", 1)
+    lines = {session: [] for session in "abc"}
+
+    async def three_visitors():
+        await asyncio.gather(*(watch(session, video, lines[session]) for session in lines))
+
+    asyncio.run(three_visitors())
+    assert all(status[-1].startswith("Done: 2.3 s") for status in lines.values())
+    assert "position 1" in lines["b"][0] and "position 2" in lines["c"][0]
+    assert not app.QUEUE and not app.RUNS
+
+
+def test_a_full_queue_gets_a_sentence(video, monkeypatch):
+    monkeypatch.setattr(app, "MAX_QUEUE", 0)
+    with pytest.raises(gr.Error) as error:
+        asyncio.run(watch("a", video, []))
+    assert error.value.message == "Too many people are using this app. Try again in a few minutes."
+    assert not app.QUEUE and not app.RUNS
+
+
+def test_of_two_runs_that_start_in_the_same_moment_the_second_one_stays(video):
+    first, second = [], []
+
+    async def twice():
+        await asyncio.gather(watch("a", video, first), watch("a", video, second))
+
+    asyncio.run(twice())
+    assert not first
+    assert second[-1].startswith("Done")
+    assert not app.QUEUE and not app.RUNS
+
+
+def test_the_page_loads_within_a_second_while_forty_visitors_wait_or_watch(server, tmp_path):
+    path = upload(server, Kind("forty", frames=3000, audio=()).make(tmp_path))
+    visitors = [Visitor(server, path, threshold=(1 + number) / 50) for number in range(40)]
+    for visitor in visitors:
+        visitor.wait_for("queue|first frames| of ")
+    seconds = []
+    for _ in range(5):
+        began = time.monotonic()
+        urllib.request.urlopen(server, timeout=20).read()
+        seconds.append(time.monotonic() - began)
+    for visitor in visitors:
+        visitor.leave()
+    assert statistics.median(seconds) < 1
+
+
+def test_a_visitor_who_leaves_does_not_delay_the_others(server, tmp_path):
+    """Ending a run once waited for its threads, in the event loop."""
+    path = upload(server, Kind("leaving", frames=3000, audio=()).make(tmp_path))
+    slowest = 0.0
+    for number in range(5):
+        visitor = Visitor(server, path, threshold=0.9 + number / 100)
+        visitor.wait_for("playlist|m3u8")
+        visitor.leave()
+        until = time.monotonic() + 1
+        while time.monotonic() < until:
+            began = time.monotonic()
+            urllib.request.urlopen(f"{server}/gradio_api/startup-events", timeout=20).read()
+            slowest = max(slowest, time.monotonic() - began)
+    assert slowest < 0.2
