@@ -247,7 +247,8 @@ def load_detector() -> tuple[Detector, str]:
         if os.path.exists(source) or is_hub_reachable():
             return Detector(source), ""
     except (OSError, ValueError) as error:
-        sys.exit(f"The model '{source}' cannot be used: {first_line(error)}")
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        sys.exit(f"The model '{source}' cannot be used: {reason}")
     if model_id:
         sys.exit(f"The model '{source}' in MODEL_ID is unavailable: no network, and not in the local cache.")
     detector = Detector(str(SHIPPED_MODEL), local_files_only=True)
@@ -268,10 +269,6 @@ def is_hub_reachable() -> bool:
     except OSError:
         return False
     return not huggingface_hub.is_offline_mode()
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 if sys.platform == "linux":
@@ -372,14 +369,14 @@ def stream_object_detection(
                 output_frames += len(batch.frames)
                 if audio and batch.frames:
                     writer.write_audio(audio.read_until(output_frames / fps))
-                chunk = None
-                if batch.ends_chunk and writer:
-                    chunk, writer = writer.close(), None
+                chunk, writer = (writer.close(), None) if batch.ends_chunk and writer else (None, writer)
                 if chunk or every_batch:
                     yield StreamUpdate(chunk, drawn, output_frames, time.monotonic() - began, batch.is_end)
                     drawn = []
-    except VideoError as error:
-        raise gr.Error(str(error), title="Cannot read this video") from error
+    except Exception as error:
+        if ON_ZEROGPU or isinstance(error, VideoError):  # from a ZeroGPU's worker, only a `gr.Error` arrives whole
+            raise user_facing_error(error) from error
+        raise
     finally:
         if writer:
             writer.discard()
@@ -610,18 +607,13 @@ class Report:
         """The content of the JSON file, which README.md describes."""
         detections = self.detections()
         boxes = detections[COLUMNS[4:]].to_numpy().tolist()
-        width, height = self._source_size
+        (width, height), duration = self._source_size, round(self.info.duration_seconds, 3)
         return {
             "model": DETECTOR.name,
             "threshold": self.conf_threshold,
             "classes": self.classes,
             "analysed_seconds": round(self.seconds, 3),
-            "video": {
-                "width": width,
-                "height": height,
-                "fps": float(self.info.fps),
-                "duration_seconds": round(self.info.duration_seconds, 3),
-            },
+            "video": {"width": width, "height": height, "fps": float(self.info.fps), "duration_seconds": duration},
             "detections": [
                 row | {"box": box} for row, box in zip(detections[COLUMNS[:4]].to_dict("records"), boxes, strict=True)
             ],
@@ -916,23 +908,15 @@ def build_page() -> gr.Blocks:
                 )  # fmt: skip
                 resolution = gr.Radio(list(RESOLUTIONS), value=HALF, label="Size and frame rate")
             with gr.Column():
+                height = "clamp(220px, 32vw, 480px)"  # reserved from the start, so that nothing jumps
                 processed = gr.Video(
-                    label="Detections",
-                    streaming=True,
-                    autoplay=True,
-                    buttons=[],
-                    height="clamp(220px, 32vw, 480px)",  # reserved from the start, so that nothing jumps
-                    elem_id="processed",
+                    label="Detections", streaming=True, autoplay=True, buttons=[], height=height, elem_id="processed"
                 )
                 status = gr.Markdown(WELCOME, elem_id="status")
                 with gr.Row():
                     start, stop = gr.Button("Run again"), gr.Button("Stop")
-                table = gr.Dataframe(
-                    headers=["Class", "Max at once", "First (s)", "Last (s)"],
-                    label="Objects found",
-                    interactive=False,
-                    elem_id="table",
-                )
+                headers = ["Class", "Max at once", "First (s)", "Last (s)"]
+                table = gr.Dataframe(headers=headers, label="Objects found", interactive=False, elem_id="table")
                 plot = gr.LinePlot(
                     x="second", y="count", color="class", x_title="Seconds", y_title="Max at once", y_axis_format="d",
                     height=240, visible=False, elem_id="plot",
@@ -954,13 +938,8 @@ def build_page() -> gr.Blocks:
             api_name="stream_object_detection",
         )
         stop.click(stop_run, queue=False, show_progress="hidden", api_visibility="private")
-        gr.Button(visible=False).click(
-            detect_video,
-            settings,
-            [gr.Video(visible=False), gr.JSON(visible=False)],
-            concurrency_limit=None,
-            api_name="detect_video",
-        )
+        outputs = [gr.Video(visible=False), gr.JSON(visible=False)]
+        gr.Button(visible=False).click(detect_video, settings, outputs, concurrency_limit=None, api_name="detect_video")
     return page
 
 
