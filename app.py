@@ -584,7 +584,7 @@ class Report:
         counts = pd.DataFrame(
             [
                 (second, label, self._points.get((second, label), (0,))[0])
-                for second in range(0, math.ceil(self.seconds), self._seconds_per_point)
+                for second in range(0, int(self.seconds - 1 / self.fps) + 1, self._seconds_per_point)
                 for label in labels
             ],
             columns=["second", "class", "count"],
@@ -883,30 +883,39 @@ document.addEventListener("focusout", ({target: box}) => {
 """
 CSS = """
 #source video { max-height: clamp(180px, 28vw, 430px); object-fit: contain; }
+#files .label-clear-button { display: none; }
+@media (max-width: 700px) {  /* one column: source, player, status, settings, results */
+    #columns { flex-direction: column; }
+    #columns > .column { display: contents; }
+    #settings { order: 1; }
+    #results { order: 2; }
+}
 """
 
 
 def build_page() -> gr.Blocks:
     with gr.Blocks(title="Video object detection with RT-DETR", delete_cache=(3600, 86400)) as page:
-        gr.Markdown(
-            f"# Video object detection with {DETECTOR.link}\nUpload a video and watch what RT-DETR finds in it."
-        )
+        intro = "Upload a video and watch what RT-DETR finds in it."
+        gr.Markdown(f"# Streaming video object detection\n{intro} <small>Model: {DETECTOR.link}</small>")
         if MODEL_NOTE:
             gr.Markdown(MODEL_NOTE)
-        with gr.Row():
+        with gr.Row(elem_id="columns"):
             with gr.Column():
                 # With `include_audio=False`, Gradio would hand each upload, unchecked, to ffmpeg.
                 source = gr.Video(label="Video source", include_audio=True, webcam_options=WEBCAM, elem_id="source")
                 gr.Examples(sorted(map(str, EXAMPLES.glob("*.mp4"))), inputs=source)
-                conf_threshold = gr.Slider(
-                    0, 1, value=0.30, step=0.05, label="Confidence threshold", elem_id="threshold",
-                    info=f"Nothing below {MIN_SCORE} is kept.",
-                )  # fmt: skip
-                classes = gr.Dropdown(
-                    list(DETECTOR.id2label.values()), multiselect=True, label="Classes",
-                    info="Leave empty to show everything.",
-                )  # fmt: skip
-                resolution = gr.Radio(list(RESOLUTIONS), value=HALF, label="Size and frame rate")
+                with gr.Column(elem_id="settings"):
+                    conf_threshold = gr.Slider(
+                        0, 1, value=0.30, step=0.05, label="Confidence threshold", elem_id="threshold",
+                        info=f"Nothing below {MIN_SCORE} is kept.",
+                    )  # fmt: skip
+                    classes = gr.Dropdown(
+                        list(DETECTOR.id2label.values()), multiselect=True, label="Classes",
+                        info="Leave empty to show everything.",
+                    )  # fmt: skip
+                    names = ("Faster (half size, every 2nd frame)", "Full quality")
+                    choices = list(zip(names, RESOLUTIONS, strict=True))
+                    resolution = gr.Radio(choices, value=HALF, label="Size and frame rate")
             with gr.Column():
                 height = "clamp(220px, 32vw, 480px)"  # reserved from the start, so that nothing jumps
                 processed = gr.Video(
@@ -915,15 +924,19 @@ def build_page() -> gr.Blocks:
                 status = gr.Markdown(WELCOME, elem_id="status")
                 with gr.Row():
                     start, stop = gr.Button("Run again"), gr.Button("Stop")
-                headers = ["Class", "Max at once", "First (s)", "Last (s)"]
-                table = gr.Dataframe(headers=headers, label="Objects found", interactive=False, elem_id="table")
-                plot = gr.LinePlot(
-                    x="second", y="count", color="class", x_title="Seconds", y_title="Max at once", y_axis_format="d",
-                    height=240, visible=False, elem_id="plot",
-                )  # fmt: skip
-                files = gr.File(
-                    label="Results", file_count="multiple", interactive=False, visible=False, elem_id="files"
-                )
+                with gr.Column(elem_id="results"):
+                    headers = ["Class", "Max at once", "First (s)", "Last (s)"]
+                    widths = ["31%", "27%", "21%", "21%"]
+                    table = gr.Dataframe(
+                        headers=headers, column_widths=widths, label="Objects found", interactive=False, elem_id="table"
+                    )
+                    plot = gr.LinePlot(
+                        x="second", y="count", color="class", x_title="Seconds", y_title="Max at once",
+                        y_axis_format="d", height=240, visible=False, elem_id="plot",
+                    )  # fmt: skip
+                    files = gr.File(
+                        label="Results", file_count="multiple", interactive=False, visible=False, elem_id="files"
+                    )
 
         settings = [source, conf_threshold, classes, resolution]
         changes = [source.change, conf_threshold.change, classes.change, resolution.change, start.click]

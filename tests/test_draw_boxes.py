@@ -134,7 +134,7 @@ def test_the_outline_is_exactly_at_the_edge_of_the_box():
     frame = draw_one((200, 150, 500, 400))
     expected = grey_frame()
     expected[150:400, 200:500] = bgr("person")
-    expected[153:397, 203:497] = GREY
+    expected[154:396, 204:496] = GREY
     assert np.array_equal(frame[150:], expected[150:])
 
 
@@ -154,8 +154,21 @@ def test_a_box_that_leaves_the_frame_is_outlined_along_the_edge_of_the_frame():
 def test_a_tiny_box_is_marked_and_its_outline_does_not_spill_over(size):
     frame = draw_one((400, 300, 400 + size, 300 + size), width=3840, height=2160)
     below_the_tag = drawn(frame)[300:]
-    assert rows_and_columns(below_the_tag) == (0, np.ceil(size) - 1, 400, 400 + np.ceil(size) - 1)
-    assert below_the_tag.sum() == np.ceil(size) ** 2
+    side = 2 * np.ceil(size / 2)
+    assert rows_and_columns(below_the_tag) == (0, side - 1, 400, 400 + side - 1)
+    assert below_the_tag.sum() == side**2
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_each_side_keeps_its_colour_in_a_small_video(offset):
+    """H.264 keeps one colour for each square of four pixels: thin orange lines on blue once turned lavender."""
+    frame = np.full((136, 240, 3), (160, 60, 40), np.uint8)
+    box = np.array([[40.0, 40, 180, 110]]) + offset
+    draw_bounding_boxes(frame, box, np.array([0.9]), ["cross"])
+    outline = (frame == bgr("cross")).all(axis=2)
+    shown = cv2.cvtColor(cv2.cvtColor(frame, cv2.COLOR_BGR2YUV_I420), cv2.COLOR_YUV2BGR_I420)
+    assert np.abs(shown[outline].astype(int) - bgr("cross")).max() < 6
+    assert outline.sum() > 800
 
 
 # The tag

@@ -149,8 +149,8 @@ def test_a_video_without_sound_plays_without_sound(page, tmp_path):
     assert state["audio"] == 0
 
 
-def test_the_title_names_the_model_that_is_loaded(page):
-    expect(page.get_by_role("heading")).to_have_text("Video object detection with shapes-rtdetr")
+def test_the_page_names_the_model_that_is_loaded(page):
+    expect(page.get_by_text("Model: shapes-rtdetr")).to_be_visible()
 
 
 def test_colours_are_right_in_the_player_and_in_the_download(page, tmp_path):
@@ -339,7 +339,7 @@ def test_full_gives_every_frame_at_full_size(page):
     upload(page, EXAMPLE)
     half = wait_for(page, lambda state: state["ended"])
     changed = playlist_changes(page)
-    page.get_by_role("radio", name="Full").click()
+    page.get_by_role("radio", name="Full quality").click()
     full = changed()
     assert (full["width"], full["height"]) == (2 * half["width"], 2 * half["height"])
 
