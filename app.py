@@ -798,6 +798,8 @@ async def stream_to_page(
                 raise failure
     except Exception as error:
         error = user_facing_error(error)
+        if report and report.chunks and not report.is_end:
+            error.message += f" It is complete up to second {report.seconds:.0f}; Run again continues there."
         yield gr.skip(), error.message, *UNCHANGED
         raise error from None
     finally:
