@@ -78,14 +78,14 @@ MIN_SCORE = 0.05  # detections below this are neither cached, drawn nor reported
 # of its own, so that cores do not wait for each other at each layer: one frame of 640x640, or eight of 256x256.
 PASS_PIXELS = {"cuda": 60 * 640 * 640, "mps": 16 * 640 * 640, "cpu": 8 * 256 * 256}
 BATCH_BYTES = 128 << 20  # of decoded frames per batch
-CACHED_VIDEOS = 32  # whose detections are kept in memory, at some hundred bytes per frame
+CACHED_VIDEOS = 16  # whose detections are kept in memory, at some hundred bytes per frame
 
 ON_ZEROGPU = spaces.config.Config.zero_gpu  # `spaces` has no public name for it
 GPU_SECONDS = 60  # of a ZeroGPU per call, at most: requests beyond a visitor's quota are refused
-GPU_RESERVE_SECONDS = 4  # of them, to finish the last chunk
+GPU_RESERVE_SECONDS = 4  # of GPU_SECONDS, to finish the last chunk
 VISITORS_AT_ONCE = 32 if ON_ZEROGPU else 4  # concurrent runs; others wait in a queue
 MAX_QUEUE = 100  # runs, including those that wait
-SETTLE_SECONDS = 0.15  # a slider that is dragged starts a run when it rests for this long
+SETTLE_SECONDS = 0.15  # each step of a dragged slider starts a run, which first waits for a next step this long
 HEARTBEAT_SECONDS = 0.25  # at least this often, the page hears from a run, and a run notices Stop
 MAX_UPLOAD = "2gb"
 
@@ -202,11 +202,11 @@ def choose_dtype(device: torch.device) -> torch.dtype:
 
 @torch.no_grad()
 def optimize_for_cpu(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Channels last, activations in place, and batch norms folded into convolutions, or bfloat16 instead.
+    """Channels last and activations in place; then bfloat16 before the decoder, or else batch norms folded.
 
     Per frame on two cores, R18: 380 ms as it is, 219 ms optimized, 141 ms in bfloat16; shipped detector: 6.5, 5.2, 4.9.
-    bfloat16 stops before the decoder, which chooses between queries that are nearly alike, and has too few digits for
-    folded weights: with either, 2 in 100 detections changed.
+    The decoder stays in float32, because it chooses between queries that are nearly alike: in bfloat16, 2 in 100
+    detections changed. Folded weights need more digits than bfloat16 has.
     """
     model.to(memory_format=torch.channels_last)
     for module in model.modules():
@@ -228,9 +228,8 @@ def optimize_for_cpu(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has an exception of its own for it; a CPU and MPS raise a plain RuntimeError."""
-    is_known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-    return is_known or (isinstance(error, RuntimeError) and "memory" in str(error))
+    """PyTorch's RuntimeErrors for it differ by device; all mention memory."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
 
 
 def load_detector() -> tuple[Detector, str]:
@@ -307,12 +306,12 @@ class StreamUpdate(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Up to two seconds of output frames, for one forward pass."""
+    """Consecutive output frames of one chunk, which are detected together."""
 
     frames: list[Frame]
     ends_chunk: bool
     is_end: bool  # of the video
-    new: Sequence[tuple[Frame, np.ndarray]] = ()  # those that the last batch did not show, with their detections
+    new: Sequence[tuple[Frame, np.ndarray]] = ()  # frames not in the batch before, with their detections
 
 
 @spaces.GPU(duration=lambda *_, budget_seconds=GPU_SECONDS, **__: budget_seconds)
@@ -338,7 +337,7 @@ def stream_object_detection(
         start: The output frame to begin with.
         cached: Detections by source index. These frames skip the model; new detections are added.
         folder: Where to write the chunks; by default the system's temporary folder.
-        budget_seconds: The stream ends shortly before this time is over; with 0, where the model is needed.
+        budget_seconds: The stream ends shortly before this time is over; with 0, at the first frame not in `cached`.
         every_batch: Also yield after each batch inside a chunk, with None as the chunk.
 
     Yields:
@@ -415,7 +414,7 @@ def detect_batches(batches: Iterator[Batch], cached: dict[int, np.ndarray] | Non
                 detections = DETECTOR([frame.image for frame in unknown])
                 cached.update(zip((frame.source_index for frame in unknown), detections, strict=True))
             yield batch._replace(new=[(frame, cached[frame.source_index]) for frame in new])
-            last = batch.frames[-1]
+            last = batch.frames[-1] if batch.frames else last
 
 
 def select(detections: np.ndarray, conf_threshold: float, classes: Sequence[str]) -> np.ndarray:
@@ -468,7 +467,7 @@ def prefetch(items: Generator[T]) -> Generator[T]:
 
 
 def cached_detections(video: str, resolution: str) -> dict[int, np.ndarray]:
-    """Where a run keeps its detections, by source index, for later runs of the same file at the same resolution."""
+    """The detections of earlier runs of the same file at the same resolution, by source index. Runs add to it."""
     file = os.stat(video)
     return _detections(video, file.st_size, file.st_mtime_ns, resolution)
 
@@ -502,7 +501,7 @@ class Report:
     """What a run has found so far, for the page's status, table and plot, and for the files."""
 
     def __init__(self, video: str, conf_threshold: float, classes: Sequence[str], resolution: str):
-        self.info, self.conf_threshold, self.classes = read_video_info(video), conf_threshold, list(classes)
+        self.info, self.conf_threshold, self.classes = read_video_info(video), conf_threshold, list(classes or ())
         self.resolution, self.fps = resolution, output_format(self.info, resolution)[0]
         self.chunks: list[str] = []
         self.folder, self._folder_users = None, ["page"]
@@ -644,14 +643,13 @@ RUNS: dict[str, Run] = {}  # the current run of each session
 QUEUE: list[Run] = []  # all runs in the order of their arrival; the first `VISITORS_AT_ONCE` are in progress
 
 
-async def replace_run(session: str) -> Run:
-    """A new run for a session, whose last one, if any, has sent its last output."""
-    previous, RUNS[session] = RUNS.get(session), (run := Run())
+async def replace_run(session: str, run: Run) -> None:
+    """Makes `run` the session's run. Waits until the one before, if any, has sent its last output."""
+    previous, RUNS[session] = RUNS.get(session), run
     if previous:
         previous.is_stopped = previous.is_replaced = True
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(previous.has_ended.wait(), timeout=2)
-    return run
 
 
 async def stop_run(request: gr.Request) -> None:
@@ -671,7 +669,7 @@ def end_run(run: Run, report: Report | None, session: str | None = None) -> None
 
 
 async def wait_in_queue(run: Run) -> AsyncIterator[str]:
-    """Yields a status line every half second until it is the run's turn, or until it is stopped."""
+    """Yields status lines until it is the run's turn, or until it is stopped."""
     if len(QUEUE) >= MAX_QUEUE:
         raise gr.Error("Too many people are using this app. Try again in a few minutes.", title="Busy")
     QUEUE.append(run)
@@ -687,13 +685,14 @@ def stream_updates(report: Report) -> Generator[StreamUpdate]:
     report.make_folder()
     try:
         while not is_end:
-            budget_seconds = 0 if not with_gpu else math.inf
+            budget_seconds = math.inf if with_gpu else 0
             if with_gpu and ON_ZEROGPU:
                 budget_seconds = GPU_PACE.budget_seconds(round(info.duration_seconds * report.fps) - start)
             stream = stream_object_detection if with_gpu else unwrap(stream_object_detection)
             report.waits_for_gpu, first, update = with_gpu and ON_ZEROGPU, None, None
             updates = stream(
-                info.path, report.conf_threshold, report.classes, report.resolution, start=start, cached=cached,
+                info.path, report.conf_threshold, report.classes, report.resolution, start=start,
+                cached=dict(cached) if ON_ZEROGPU else cached,  # a copy: it is pickled while other runs may add to it
                 folder=report.folder, budget_seconds=budget_seconds, every_batch=True,
             )  # fmt: skip
             with contextlib.closing(updates):
@@ -762,18 +761,20 @@ async def stream_to_page(
         classes: Names of the classes to draw; empty for all.
         resolution: "Half (fast)" (half the size, every second frame) or "Full".
     """
-    run, report = await replace_run(request.session_hash), None
+    run, report = Run(), None
     try:
-        # A slider that is dragged starts a run at each step; only the one on which it rests goes on.
+        await replace_run(request.session_hash, run)
         await asyncio.sleep(SETTLE_SECONDS)
-        if video is None and not run.is_replaced:
+        if run.is_replaced:
+            return
+        if video is None:
             yield gr.update(value=None), WELCOME, *NO_RESULTS
-        if video is None or run.is_replaced:
             return
         async for status in wait_in_queue(run):
             yield gr.skip(), status, *UNCHANGED
         report, failure = await asyncio.to_thread(Report, video, conf_threshold, classes, resolution), None
-        yield gr.skip(), report.status(), *NO_RESULTS
+        if not run.is_replaced:
+            yield gr.skip(), report.status(), *NO_RESULTS
         try:
             async with contextlib.aclosing(in_background(stream_updates(report))) as updates:
                 async for update in updates:
@@ -793,7 +794,8 @@ async def stream_to_page(
             report.warn_if_damaged()
             if report.chunks:
                 files = await asyncio.to_thread(report.save)
-                yield *(gr.skip(),) * 4, gr.update(value=files, visible=True)
+                if not run.is_replaced:
+                    yield *(gr.skip(),) * 4, gr.update(value=files, visible=True)
             if failure:
                 raise failure
     except Exception as error:

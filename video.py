@@ -288,7 +288,7 @@ def _grab_frames(video: VideoInfo, start_seconds: float) -> Iterator[GrabbedFram
     """Every frame that can be decoded, with rising times: OpenCV's, then those that only PyAV can decode.
 
     OpenCV cannot decode AV1, gives up on damaged packets, and cannot begin in mid-video; PyAV takes over there.
-    A frame whose timestamp goes back follows the last one after a frame's time.
+    A frame whose timestamp is not later than the last one's comes one frame interval after it.
     """
     interval = video.frame_seconds
     last_seconds = start_seconds - interval / 2 if start_seconds else -math.inf
@@ -341,7 +341,7 @@ def _pyav_frames(video: VideoInfo, start_seconds: float) -> Iterator[GrabbedFram
 def _decode(video: VideoInfo, kind: str, start_seconds: float) -> Iterator[tuple[float, av.frame.Frame]]:
     """Times in seconds and frames of the "video" or "audio" track; damaged packets are left out.
 
-    Begins at `start_seconds` or some time before it; with the first frame if the file cannot be searched.
+    Begins at `start_seconds` or some time before it; with the first frame if the file is not seekable.
     """
     frames = _decode_after_seek(video, kind, start_seconds)
     first = next(frames, None)
@@ -464,7 +464,7 @@ class ChunkWriter:
         context = self._video.codec_context
         context.thread_count = HELPER_THREADS
         self._video.time_base = context.time_base = self._time_base
-        # OpenCV converts RGB to BT.601 in limited range, whatever the source had.
+        # OpenCV converts BGR to BT.601 in limited range, whatever the source had.
         context.color_range, context.colorspace = ColorRange.MPEG, Colorspace.ITU601
         context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
         self._audio = None
