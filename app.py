@@ -138,13 +138,14 @@ class Detector:
         score, and label number.
         """
         try:
-            if self._passes_at_once == 1:
-                with self._lock:
+            size = math.ceil(len(frames) / self._passes_at_once)
+            parts = [frames[start : start + size] for start in range(0, len(frames), size)]
+            with self._lock:
+                if len(parts) == 1:
                     return self._forward_pass(frames)
-            parts = [frames[i :: self._passes_at_once] for i in range(min(len(frames), self._passes_at_once))]
-            with self._lock, ThreadPoolExecutor(self._passes_at_once) as pool:
-                results = list(pool.map(self._forward_pass, parts))
-            return [results[i % len(parts)][i // len(parts)] for i in range(len(frames))]
+                torch.set_num_threads(1)  # a forked process sets up PyTorch's threads anew: here, not in two at once
+                with ThreadPoolExecutor(len(parts)) as pool:
+                    return list(itertools.chain.from_iterable(pool.map(self._forward_pass, parts)))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or len(frames) == 1:
                 raise
@@ -504,7 +505,7 @@ class Report:
         self.info, self.conf_threshold, self.classes = read_video_info(video), conf_threshold, list(classes or ())
         self.resolution, self.fps = resolution, output_format(self.info, resolution)[0]
         self.chunks: list[str] = []
-        self.folder, self._folder_users = None, ["page"]
+        self.folder, self._folder_users = None, ["page"]  # a list, because append and pop are atomic
         self.output_frames, self.is_end, self.waits_for_gpu = 0, False, False
         self._started, self._frames, self._source_size = time.monotonic(), 0, (None, None)
         self._rows: list[np.ndarray] = []  # a float32 (N, 8) array per frame: `COLUMNS`, with the label's number
@@ -618,11 +619,16 @@ class Report:
             ],
         }
 
+    def save_video(self) -> str:
+        """Writes the annotated video beside the chunks, and returns its path."""
+        path = os.path.join(self.folder, f"{Path(self.info.path).stem}-boxes.mp4")
+        join_chunks(self.chunks, path)
+        return path
+
     def save(self) -> list[str]:
         """Writes the annotated video and the detections as CSV and JSON, beside the chunks. Returns their paths."""
         base = os.path.join(self.folder, Path(self.info.path).stem)
-        paths = [f"{base}-boxes.mp4", f"{base}.csv", f"{base}.json"]
-        join_chunks(self.chunks, paths[0])
+        paths = [self.save_video(), f"{base}.csv", f"{base}.json"]
         self.detections().to_csv(paths[1], index=False)
         Path(paths[2]).write_text(json.dumps(self.as_dict(), ensure_ascii=False), encoding="utf-8")
         return paths
@@ -842,7 +848,7 @@ async def detect_video(
                 progress(report.seconds / report.info.duration_seconds, desc=report.status())
                 yield None, None  # so that Gradio notices a client that has left
         report.warn_if_damaged()
-        yield (await asyncio.to_thread(report.save))[0], report.as_dict()
+        yield await asyncio.to_thread(report.save_video), await asyncio.to_thread(report.as_dict)
     except Exception as error:
         raise user_facing_error(error) from error
     finally:
