@@ -1,18 +1,18 @@
-"""Draws detections on a frame: an outline and a `label: score` tag for each box."""
+"""Draws detections on a frame: for each box an outline, a tag, and the trail of its object."""
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import cv2
 import numpy as np
 
-# Fractions of the frame's size (the square root of its area), so that a video looks the same at
-# every resolution: 4 and 15 pixels at 960x540, and never less than 2 and 10. Smaller text cannot be read.
-LINE_WIDTH = 0.004
-TEXT_SIZE = 0.021
-MIN_TEXT_SIZE_PIXELS = 10
+LINE_WIDTH = 0.004  # of the square root of the frame's area: 4 pixels at 960x540, and never less than 2
+# Tags are read in the page's player, which fits the frame into this box of CSS pixels (on a page 1400 wide).
+PLAYER_SIZE = (600, 448)
+TEXT_SIZE_IN_PLAYER = 13
+MIN_TEXT_SIZE_PIXELS = 9  # of the frame; smaller text cannot be read at any scale
 TEXT_WEIGHT = 500  # 400 is regular, 700 is bold
 
 # 24 vivid colours, as far from each other as possible: at least 0.14 in OKLab.
@@ -21,8 +21,7 @@ PALETTE = [
     "#2da58c", "#1e7daf", "#b49bfa", "#ffbeff", "#ebe100", "#ff919b", "#c319a0", "#ffa500",
     "#415ffa", "#50fa69", "#aa6eaa", "#87cd91", "#009100", "#ff469b", "#0fc319", "#a55aff",
 ]  # fmt: skip
-# Found by search, together with the palette's order: it gives different colours to labels that are
-# often seen together (people and traffic, pets, sports, a laid table, simple shapes).
+# Found by search, with the palette's order: labels often seen together (traffic, pets, a laid table, shapes) differ.
 PALETTE_SALT = 583273
 
 BGR = tuple[int, int, int]
@@ -40,18 +39,29 @@ def label_color(label: str) -> str:
     return PALETTE[int(digest, 16) % len(PALETTE)]
 
 
-def draw_bounding_boxes(frame: np.ndarray, boxes: np.ndarray, scores: np.ndarray, labels: Sequence[str]) -> np.ndarray:
+def draw_bounding_boxes(
+    frame: np.ndarray,
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    labels: Sequence[str],
+    track_ids: np.ndarray | None = None,
+    trails: Sequence[np.ndarray] | None = None,
+) -> np.ndarray:
     """Draws boxes with their labels and scores into a frame, the highest score on top.
 
-    Only the part of a box inside the frame is outlined; a box that has none, or is empty, inverted
-    or not a number, is left out. Tags stay inside the frame.
+    Only the part of a box inside the frame is outlined; a box that has none, or is empty, inverted or not a number,
+    is left out. Tags stay inside the frame. No tag covers more pixels than its box has: on a small box it leaves out
+    the score, then shows the object's number alone, or there is none.
 
     Args:
         frame: The picture, changed in place: uint8, (height, width, 3), BGR, C-contiguous.
         boxes: Numbers, (N, 4): left, top, right, bottom (xyxy) in pixels of the frame.
         scores: Numbers from 0 to 1, (N,).
-        labels: N class names, in any script that OpenCV's built-in fonts have (Latin, Cyrillic,
-            Greek, Chinese, Japanese, Korean and more); other characters become question marks.
+        labels: N class names, in any script that OpenCV's built-in fonts have (Latin, Cyrillic, Greek, Chinese,
+            Japanese, Korean and more); other characters become question marks.
+        track_ids: Integers, (N,): the objects' numbers, as in `car 3: 0.87`; 0 for none, as in `car: 0.87`.
+        trails: For each box, the earlier centres of its object, oldest first: finite numbers, (K, 2), x and y in
+            pixels of the frame. The trail goes on to the centre of the box; without earlier ones there is none.
 
     Returns:
         The same frame.
@@ -65,20 +75,27 @@ def draw_bounding_boxes(frame: np.ndarray, boxes: np.ndarray, scores: np.ndarray
         >>> frame = draw_bounding_boxes(frame, boxes, np.array([0.87]), ["person"])
     """
     boxes, scores = np.asarray(boxes), np.asarray(scores)
-    _check(frame, boxes, scores, labels)
+    track_ids = np.zeros(len(boxes), int) if track_ids is None else np.asarray(track_ids)
+    trails = [()] * len(boxes) if trails is None else trails
+    _check(frame, boxes, scores, labels, track_ids, trails)
     height, width = frame.shape[:2]
-    scale = math.sqrt(height * width)
-    line_width = 2 * math.ceil(scale * LINE_WIDTH / 2)
-    text_size = max(MIN_TEXT_SIZE_PIXELS, round(scale * TEXT_SIZE))
+    line_width = 2 * math.ceil(math.sqrt(height * width) * LINE_WIDTH / 2)
+    scale = max(width / PLAYER_SIZE[0], height / PLAYER_SIZE[1])
+    text_size = max(MIN_TEXT_SIZE_PIXELS, round(TEXT_SIZE_IN_PLAYER * scale))
 
     boxes = np.clip(boxes, 0, [width, height, width, height])
     visible = (boxes[:, :2] < boxes[:, 2:]).all(axis=1)  # False for NaN, too
     order = [i for i in np.argsort(scores, kind="stable") if visible[i]]
-    # All outlines come before the first tag, so that no line crosses out a text.
+    # All trails come before the first outline, and all outlines before the first tag: no line crosses out a text.
+    for i in order:
+        if len(trails[i]):
+            _draw_trail(frame, np.vstack([trails[i], boxes[i].reshape(2, 2).mean(axis=0)]), _bgr(labels[i]), line_width)
     for i in order:
         _draw_outline(frame, boxes[i], _bgr(labels[i]), line_width)
     for i in order:
-        _put_tag(frame, boxes[i], _tag(f"{labels[i]}: {scores[i]:.2f}", _bgr(labels[i]), text_size))
+        number = f" {track_ids[i]}" if track_ids[i] else ""
+        texts = [f"{labels[i]}{number}: {scores[i]:.2f}", f"{labels[i]}{number}", number]
+        _put_tag(frame, boxes[i], (_tag(text, _bgr(labels[i]), text_size) for text in texts if text))
     return frame
 
 
@@ -87,17 +104,18 @@ def load_font() -> None:
     cv2.getTextSize((0, 0), "0", (0, 0), cv2.FontFace("sans"), 10, TEXT_WEIGHT)
 
 
-def _check(frame: np.ndarray, boxes: np.ndarray, scores: np.ndarray, labels: Sequence[str]) -> None:
-    if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.shape[2:] != (3,):
-        raise ValueError("frame must be a uint8 array of shape (height, width, 3).")
-    if not (frame.flags.c_contiguous and frame.flags.writeable):
-        raise ValueError("frame must be C-contiguous and writeable, because it is changed in place.")
+def _check(frame, boxes, scores, labels, track_ids, trails) -> None:
+    if getattr(frame, "dtype", None) != np.uint8 or frame.shape[2:] != (3,) or not frame.flags.carray:
+        raise ValueError("frame must be a writeable, C-contiguous uint8 array of shape (height, width, 3).")
     if boxes.ndim != 2 or boxes.shape[1] != 4 or boxes.dtype.kind not in "fiu":
         raise ValueError(f"boxes must be numbers of shape (N, 4), not {boxes.dtype} of shape {boxes.shape}.")
-    if scores.shape != boxes.shape[:1] or scores.dtype.kind not in "fiu":
-        raise ValueError(f"scores must be {len(boxes)} numbers, one for each box, not {scores!r}.")
+    for name, values, kinds in (("scores", scores, "fiu"), ("track_ids", track_ids, "iu")):
+        if values.shape != boxes.shape[:1] or (values.size and values.dtype.kind not in kinds):
+            raise ValueError(f"{name} must be {len(boxes)} numbers, one for each box, not {values!r}.")
     if len(labels) != len(boxes) or not all(isinstance(label, str) for label in labels):
         raise ValueError(f"labels must be {len(boxes)} strings, one for each box, not {labels!r}.")
+    if len(trails) != len(boxes) or not all(np.shape(t)[1:] == (2,) and np.isfinite(t).all() for t in trails if len(t)):
+        raise ValueError(f"trails must be {len(boxes)} arrays of finite numbers of shape (K, 2), one for each box.")
 
 
 def _bgr(label: str) -> BGR:
@@ -105,11 +123,24 @@ def _bgr(label: str) -> BGR:
     return blue, green, red
 
 
-def _draw_outline(frame: np.ndarray, box: np.ndarray, color: BGR, line_width: int) -> None:
-    """Draws inwards from the box's edge, so that the line shows in full at the frame's edge, too.
+def _draw_trail(frame: np.ndarray, points: np.ndarray, color: BGR, line_width: int) -> None:
+    """Draws a line through the points (K, 2), thin and faint at its beginning, as wide as an outline at its end."""
+    points = np.clip(points, 0, np.subtract(frame.shape[1::-1], 1)).astype(np.int32)
+    steps = len(points) - 1
+    for opacity in (0.25, 0.5, 0.75, 1.0):  # of the four quarters, the oldest first
+        part = points[int(steps * (opacity - 0.25)) : int(steps * opacity) + 1]
+        # Blending only the surroundings of each quarter keeps it cheap.
+        x, y, width, height = cv2.boundingRect(part)
+        left, top = max(0, x - line_width), max(0, y - line_width)
+        place = frame[top : y + height + line_width, left : x + width + line_width]
+        thickness = math.ceil(line_width * opacity)
+        line = cv2.polylines(place.copy(), [part - (left, top)], False, color, thickness, cv2.LINE_AA)
+        cv2.addWeighted(line, opacity, place, 1 - opacity, 0, dst=place)
 
-    Lines lie on whole pairs of pixels: H.264 stores one colour for each square of four.
-    """
+
+def _draw_outline(frame: np.ndarray, box: np.ndarray, color: BGR, line_width: int) -> None:
+    """Draws inwards from the box's edge, so that the line shows in full at the frame's edge, too."""
+    # Lines lie on whole pairs of pixels: H.264 stores one colour for each square of four.
     height, width = frame.shape[:2]
     left, top = (2 * int(side // 2) for side in box[:2])
     right, bottom = min(2 * math.ceil(box[2] / 2), width), min(2 * math.ceil(box[3] / 2), height)
@@ -118,29 +149,26 @@ def _draw_outline(frame: np.ndarray, box: np.ndarray, color: BGR, line_width: in
         cv2.rectangle(frame, (left + inset, top + inset), (right - 1 - inset, bottom - 1 - inset), color)
 
 
-@lru_cache(maxsize=256)  # the same few tags come again and again; one of a 4K frame takes 0.1 MB
+@lru_cache(maxsize=256)  # the same few tags come again and again; one of a 4K frame takes 0.2 MB
 def _tag(text: str, color: BGR, text_size: int) -> np.ndarray:
     """A line of text on a coloured ground, uint8 (height, width, 3) BGR."""
     text = " ".join(text.split())  # a line break would put text below the tag
-    # OpenCV keeps its fonts per thread: a FontFace must not be shared, and making one takes 1 µs.
-    font = cv2.FontFace("sans")
+    font = cv2.FontFace("sans")  # made in 1 µs; not to be shared, because OpenCV keeps its fonts per thread
     text_width = cv2.getTextSize((0, 0), text, (0, 0), font, text_size, TEXT_WEIGHT)[2]
-    padding = round(text_size * 0.35)
-    height = round(text_size * 1.4)
+    padding, height = round(text_size * 0.35), round(text_size * 1.4)
     tag = np.full((height, text_width + 2 * padding, 3), color, np.uint8)
-    # Capitals and digits are 0.75 text sizes high: this centres them.
-    baseline = round((height + 0.75 * text_size) / 2)
+    baseline = round((height + 0.75 * text_size) / 2)  # centres capitals and digits, 0.75 text sizes high
     cv2.putText(tag, text, (padding, baseline), _text_color(color), font, text_size, TEXT_WEIGHT)
     return tag
 
 
-def _put_tag(frame: np.ndarray, box: np.ndarray, tag: np.ndarray) -> None:
-    """Puts the tag on the box's upper left corner, or inside it where the frame has no room above."""
+def _put_tag(frame: np.ndarray, box: np.ndarray, tags: Iterable[np.ndarray]) -> None:
+    """Puts the first tag that is no larger than the box on its upper left corner, or inside it without room above."""
+    area = np.prod(box[2:] - box[:2])
+    tag = next((tag for tag in tags if tag.shape[0] * tag.shape[1] <= area), frame[:0, :0])  # or an empty one
     height, width = tag.shape[:2]
-    frame_height, frame_width = frame.shape[:2]
-    left, top = int(box[0]), int(box[1])
-    left = max(0, min(left, frame_width - width))
-    top = top - height if top >= height else max(0, min(top, frame_height - height))
+    left = max(0, min(int(box[0]), frame.shape[1] - width))
+    top = int(box[1]) - height if box[1] >= height else max(0, min(int(box[1]), frame.shape[0] - height))
     place = frame[top : top + height, left : left + width]
     place[:] = tag[: place.shape[0], : place.shape[1]]  # it may be larger than the whole frame
 
