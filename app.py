@@ -6,7 +6,6 @@ Files and frames are in `video.py`, drawing is in `draw_boxes.py`.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import contextvars
 import ctypes
@@ -21,10 +20,9 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import uuid
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from fractions import Fraction
 from functools import lru_cache
 from inspect import unwrap
@@ -34,29 +32,20 @@ from typing import NamedTuple, TypeVar
 import spaces  # isort: skip  # before torch: on ZeroGPU it emulates CUDA outside the GPU function
 
 import gradio as gr
-import huggingface_hub
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 
 from draw_boxes import draw_bounding_boxes, label_color, load_font
-from video import (
-    CPU_COUNT,
-    AudioReader,
-    ChunkWriter,
-    Frame,
-    VideoError,
-    VideoInfo,
-    join_chunks,
-    read_video_info,
-    sample_frames,
-)
+from video import CPU_COUNT, AudioReader, ChunkWriter, Frame, VideoError, join_chunks, read_video_info, sample_frames
 
 T = TypeVar("T")
 log = logging.getLogger("rt-detr-stream")
@@ -66,10 +55,14 @@ log = logging.getLogger("rt-detr-stream")
 DEFAULT_MODEL_ID = "PekingU/rtdetr_r50vd"
 EXAMPLES = Path(__file__).parent / "examples"
 SHIPPED_MODEL = EXAMPLES / "shapes-rtdetr"
-PRECISION = os.environ.get("PRECISION", "")  # float32, float16 or bfloat16; by default the fastest with equal results
 
-# Scale of width and height, and one output frame per how many source frames.
-RESOLUTIONS = {"Half (fast)": (Fraction(1, 2), 2), "Full": (Fraction(1), 1)}
+
+class Resolution(NamedTuple):
+    scale: Fraction  # width and height of the output relative to the source
+    step: int  # source frames per output frame
+
+
+RESOLUTIONS = {"Half (fast)": Resolution(Fraction(1, 2), 2), "Full": Resolution(Fraction(1), 1)}
 HALF = next(iter(RESOLUTIONS))
 CHUNK_SECONDS = 2  # of output, in each mp4 that is streamed
 MIN_SCORE = 0.05  # detections below this are neither cached, drawn nor reported
@@ -96,39 +89,37 @@ class Detector:
     """An RT-DETR checkpoint on the best available device.
 
     Args:
-        source: A model id on the Hub, or a local folder.
+        folder: A local folder in the format of `save_pretrained`.
+        name: What the page calls it.
 
     Raises:
-        OSError: If it cannot be loaded.
+        OSError: If it cannot be read.
         ValueError: If it is not an RT-DETR detector, or has a setting that is not supported.
     """
 
-    def __init__(self, source: str, local_files_only: bool = False):
-        config = AutoConfig.from_pretrained(source, local_files_only=local_files_only)
+    def __init__(self, folder: str | Path, name: str):
+        config = AutoConfig.from_pretrained(folder)
         if config.model_type not in ("rt_detr", "rt_detr_v2"):
             raise ValueError(f"it is a '{config.model_type}' model, not an RT-DETR detector")
-        self.processor = AutoImageProcessor.from_pretrained(source, local_files_only=local_files_only, backend="pil")
-        check_processor(self.processor)
-        model = AutoModelForObjectDetection.from_pretrained(
-            source, local_files_only=local_files_only, dtype=torch.float32
-        )
-        self.name = Path(source).name if os.path.exists(source) else source
-        self.link = self.name if os.path.exists(source) else f"[{source}](https://huggingface.co/{source})"
-        self.id2label: dict[int, str] = config.id2label
-        self.device = torch.device(
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
-        self.dtype = choose_dtype(self.device)
-        self.model = model.eval().to(self.device)
-        self.autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        self.name, self.id2label = name, config.id2label
+        self.processor = processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        if not (processor.do_resize and processor.size.height) or processor.resample != 2 or processor.do_pad:
+            raise ValueError(
+                "its preprocessor_config.json must have do_resize, size.height and size.width, resample 2 (bilinear), "
+                "and no do_pad"
+            )
+        self.input_size = (processor.size.height, processor.size.width)
+        has_mps = torch.backends.mps.is_available()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
+        model = AutoModelForObjectDetection.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = model.to(self.device)
+        self.autocast = torch.autocast("cuda", torch.float16, enabled=self.device.type == "cuda")
+        self._passes_at_once = 1
         if self.device.type == "cpu":
             torch.set_num_threads(1)
-            optimize_for_cpu(model, self.dtype)
-            if self.dtype == torch.bfloat16:
-                self.autocast = torch.autocast("cpu", enabled=False)  # `optimize_for_cpu` has done it
-        height, width = self.processor.size["height"], self.processor.size["width"]
-        self._passes_at_once = CPU_COUNT if self.device.type == "cpu" else 1
-        self.batch_frames = self._passes_at_once * max(1, PASS_PIXELS[self.device.type] // (height * width))
+            self._passes_at_once = CPU_COUNT
+            optimize_for_cpu(model)
+        self.batch_frames = self._passes_at_once * max(1, PASS_PIXELS[self.device.type] // math.prod(self.input_size))
         self._lock = threading.Lock()  # visitors take turns: two passes at once take twice the memory
 
     def __call__(self, frames: list[np.ndarray]) -> list[np.ndarray]:
@@ -140,12 +131,8 @@ class Detector:
         try:
             size = math.ceil(len(frames) / self._passes_at_once)
             parts = [frames[start : start + size] for start in range(0, len(frames), size)]
-            with self._lock:
-                if len(parts) == 1:
-                    return self._forward_pass(frames)
-                torch.set_num_threads(1)  # a forked process sets up PyTorch's threads anew: here, not in two at once
-                with ThreadPoolExecutor(len(parts)) as pool:
-                    return list(itertools.chain.from_iterable(pool.map(self._forward_pass, parts)))
+            with self._lock, ThreadPoolExecutor(len(parts)) as pool:
+                return list(itertools.chain.from_iterable(pool.map(self._forward_pass, parts)))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or len(frames) == 1:
                 raise
@@ -169,10 +156,9 @@ class Detector:
         On uint8, the antialiased bilinear resize gives the same bytes as PIL, at less than half the time.
         """
         batch = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
-        size = (self.processor.size["height"], self.processor.size["width"])
         if self.device.type == "cuda":  # where the uint8 resize does not exist
             batch = batch.to(self.device).float()
-        batch = F.interpolate(batch, size, mode="bilinear", antialias=True).flip(1).to(self.device).float()
+        batch = F.interpolate(batch, self.input_size, mode="bilinear", antialias=True).flip(1).to(self.device).float()
         if self.processor.do_rescale:
             batch = batch * self.processor.rescale_factor
         if self.processor.do_normalize:
@@ -182,43 +168,13 @@ class Detector:
         return batch
 
 
-def check_processor(processor: transformers.BaseImageProcessor) -> None:
-    """Raises ValueError, with the setting's name, if `Detector` does not support a setting of the image processor."""
-    if not processor.do_resize or not {"height", "width"} <= set(dict(processor.size)):
-        raise ValueError("its preprocessor_config.json must resize to a fixed size: do_resize, size.height, size.width")
-    if processor.resample != 2 or getattr(processor, "do_pad", False):
-        raise ValueError("its preprocessor_config.json has a resample other than 2 (bilinear), or do_pad")
-
-
-def choose_dtype(device: torch.device) -> torch.dtype:
-    """`PRECISION`, or the fastest type that finds the same objects: see the parity test in test_detector.py."""
-    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if PRECISION and PRECISION not in dtypes:
-        sys.exit(f"PRECISION must be {', '.join(dtypes)} or empty, not '{PRECISION}'.")
-    cpu_info = Path("/proc/cpuinfo")
-    has_bfloat16 = device.type == "cpu" and cpu_info.exists() and "avx512_bf16" in cpu_info.read_text()
-    default = "float16" if device.type == "cuda" else "bfloat16" if has_bfloat16 else "float32"
-    return dtypes[PRECISION or default]
-
-
 @torch.no_grad()
-def optimize_for_cpu(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Channels last and activations in place; then bfloat16 before the decoder, or else batch norms folded.
-
-    Per frame on two cores, R18: 380 ms as it is, 219 ms optimized, 141 ms in bfloat16; shipped detector: 6.5, 5.2, 4.9.
-    The decoder stays in float32, because it chooses between queries that are nearly alike: in bfloat16, 2 in 100
-    detections changed. Folded weights need more digits than bfloat16 has.
-    """
+def optimize_for_cpu(model: torch.nn.Module) -> None:
+    """Channels last, activations in place, batch norms folded: on two cores, an R18 takes 219 instead of 380 ms."""
     model.to(memory_format=torch.channels_last)
     for module in model.modules():
         if isinstance(module, torch.nn.ReLU):
             module.inplace = True
-    if dtype == torch.bfloat16:
-        for part in (model.model.backbone, model.model.encoder):
-            part.forward = torch.autocast("cpu", dtype)(part.forward)
-        for projection in (*model.model.encoder_input_proj, *model.model.decoder_input_proj):
-            projection.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
-        return
     for module in model.modules():
         for (_, conv), (name, norm) in itertools.pairwise(list(module.named_children())):
             if isinstance(conv, torch.nn.Conv2d) and hasattr(norm, "running_mean"):
@@ -242,16 +198,16 @@ def load_detector() -> tuple[Detector, str]:
     model_id = os.environ.get("MODEL_ID", "").strip()
     source = model_id or DEFAULT_MODEL_ID
     try:
-        with contextlib.suppress(OSError):  # not in the local cache
-            return Detector(source, local_files_only=True), ""
-        if os.path.exists(source) or is_hub_reachable():
-            return Detector(source), ""
+        if os.path.isdir(source):
+            return Detector(source, Path(source).name), ""
+        return Detector(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]), source), ""
+    except LocalEntryNotFoundError:
+        if model_id:
+            sys.exit(f"The model '{source}' in MODEL_ID is unavailable: no network, and not in the local cache.")
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         sys.exit(f"The model '{source}' cannot be used: {reason}")
-    if model_id:
-        sys.exit(f"The model '{source}' in MODEL_ID is unavailable: no network, and not in the local cache.")
-    detector = Detector(str(SHIPPED_MODEL), local_files_only=True)
+    detector = Detector(SHIPPED_MODEL, SHIPPED_MODEL.name)
     note = (
         f"For whoever runs this app: **{source}** is unavailable (no network, and not in the local cache). The small "
         f"detector that ships with the app runs instead. It only knows {', '.join(detector.id2label.values())}. Start "
@@ -259,16 +215,6 @@ def load_detector() -> tuple[Detector, str]:
     )
     log.warning(note.replace("**", "").replace("`", ""))
     return detector, note
-
-
-def is_hub_reachable() -> bool:
-    """One quick request: without a network, `from_pretrained` would retry for 23 s."""
-    try:
-        with contextlib.suppress(urllib.error.HTTPError):  # an answer, whatever it is
-            urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=3).close()
-    except OSError:
-        return False
-    return not huggingface_hub.is_offline_mode()
 
 
 if sys.platform == "linux":
@@ -299,20 +245,19 @@ class FrameDetections(NamedTuple):
 class StreamUpdate(NamedTuple):
     """What `stream_object_detection` yields."""
 
-    chunk: str | None  # path of an mp4 file; None between chunks
-    frames: list[FrameDetections]  # drawn since the last update
+    chunk: str  # path of an mp4 file (H.264, FLAC), which the caller removes
+    frames: list[FrameDetections]  # those that begin in this chunk
     output_frames: int  # how many the output has, counted from the beginning of the video
     gpu_seconds: float  # since the call began
     is_end: bool  # of the video
 
 
 class Batch(NamedTuple):
-    """Consecutive output frames of one chunk, which are detected together."""
+    """Consecutive frames of the output in one chunk, which are detected together."""
 
     frames: list[Frame]
     ends_chunk: bool
     is_end: bool  # of the video
-    new: Sequence[tuple[Frame, np.ndarray]] = ()  # frames not in the batch before, with their detections
 
 
 @spaces.GPU(duration=lambda *_, budget_seconds=GPU_SECONDS, **__: budget_seconds)
@@ -326,7 +271,6 @@ def stream_object_detection(
     cached: dict[int, np.ndarray] | None = None,
     folder: str | None = None,
     budget_seconds: float = GPU_SECONDS if ON_ZEROGPU else math.inf,
-    every_batch: bool = False,
 ) -> Iterator[StreamUpdate]:
     """Detects objects on a video and draws them, chunk by chunk.
 
@@ -339,40 +283,40 @@ def stream_object_detection(
         cached: Detections by source index. These frames skip the model; new detections are added.
         folder: Where to write the chunks; by default the system's temporary folder.
         budget_seconds: The stream ends shortly before this time is over; with 0, at the first frame not in `cached`.
-        every_batch: Also yield after each batch inside a chunk, with None as the chunk.
 
     Yields:
-        One `StreamUpdate` per chunk. Its first item is the path of an mp4 file (H.264, FLAC) of two seconds, the last
-        one shorter. The caller removes it.
+        One `StreamUpdate` per chunk of two seconds; the last one is shorter.
 
     Raises:
         gr.Error: If the file is not a video that can be decoded.
     """
-    began = time.monotonic()
-    writer, output_frames, drawn = None, start, []
+    began, cached = time.monotonic(), {} if cached is None else cached
+    writer, shown, index, found = None, None, start, []
     try:
         info = read_video_info(video)
-        fps, scale = output_format(info, resolution)
+        scale, fps = RESOLUTIONS[resolution].scale, info.fps / RESOLUTIONS[resolution].step
+        chunk_frames = max(1, round(CHUNK_SECONDS * fps))
         audio = AudioReader(info, start / fps) if info.has_audio else None
-        frames = sample_frames(info, fps, scale, start)
-        batches = prefetch(read_batches(frames, max(1, round(CHUNK_SECONDS * fps)), start))
+        batches = prefetch(read_batches(sample_frames(info, fps, scale, start), chunk_frames, start))
         deadline = began + budget_seconds - GPU_RESERVE_SECONDS
         with contextlib.closing(prefetch(detect_batches(batches, cached, deadline))) as detected:
             load_font()  # while the first frames are being read and detected
             for batch in detected:
-                for frame, detections in batch.new:
-                    draw(frame.image, select(detections, conf_threshold, classes))
-                    drawn.append(FrameDetections(frame.source_index, frame.pts_seconds, frame.source_size, detections))
                 for frame in batch.frames:
+                    if frame is not shown:  # it comes again if the source shows it for longer
+                        shown, detections = frame, cached[frame.source_index]
+                        draw(frame.image, select(detections, conf_threshold, classes))
+                        place = (frame.source_index, frame.pts_seconds, frame.source_size)
+                        found.append(FrameDetections(*place, detections))
                     writer = writer or ChunkWriter(folder, frame.image.shape[1::-1], fps, bool(audio))
                     writer.write(frame.image)
-                output_frames += len(batch.frames)
+                index += len(batch.frames)
                 if audio and batch.frames:
-                    writer.write_audio(audio.read_until(output_frames / fps))
-                chunk, writer = (writer.close(), None) if batch.ends_chunk and writer else (None, writer)
-                if chunk or every_batch:
-                    yield StreamUpdate(chunk, drawn, output_frames, time.monotonic() - began, batch.is_end)
-                    drawn = []
+                    writer.write_audio(audio.read_until(index / fps))
+                if batch.ends_chunk and writer:
+                    chunk, writer = writer.close(), None
+                    yield StreamUpdate(chunk, found, index, time.monotonic() - began, batch.is_end)
+                    found = []
     except Exception as error:
         if ON_ZEROGPU or isinstance(error, VideoError):  # from a ZeroGPU's worker, only a `gr.Error` arrives whole
             raise user_facing_error(error) from error
@@ -380,12 +324,6 @@ def stream_object_detection(
     finally:
         if writer:
             writer.discard()
-
-
-def output_format(info: VideoInfo, resolution: str) -> tuple[Fraction, Fraction]:
-    """Frames per second of the output, and the scale of its width and height."""
-    scale, step = RESOLUTIONS[resolution]
-    return info.fps / step, scale
 
 
 def read_batches(frames: Iterable[Frame], chunk_frames: int, start: int = 0) -> Iterator[Batch]:
@@ -401,21 +339,20 @@ def read_batches(frames: Iterable[Frame], chunk_frames: int, start: int = 0) -> 
     yield Batch(batch, ends_chunk=True, is_end=True)
 
 
-def detect_batches(batches: Iterator[Batch], cached: dict[int, np.ndarray] | None, deadline: float) -> Iterator[Batch]:
-    """Each batch with the detections on its new frames. Ends with an empty one where the model would be needed after
-    `deadline`, a time of `time.monotonic`."""
-    cached, last = {} if cached is None else cached, None
+def detect_batches(batches: Iterator[Batch], cached: dict[int, np.ndarray], deadline: float) -> Iterator[Batch]:
+    """The same batches, once `cached` has the detections of all their frames.
+
+    Ends with an empty batch where the model would be needed after `deadline`, a time of `time.monotonic`.
+    """
     with contextlib.closing(batches):
         for batch in batches:
-            new = [frame for frame in dict.fromkeys(batch.frames) if frame is not last]
-            if unknown := [frame for frame in new if frame.source_index not in cached]:
-                if time.monotonic() > deadline:
-                    yield Batch([], ends_chunk=True, is_end=False)
-                    return
-                detections = DETECTOR([frame.image for frame in unknown])
-                cached.update(zip((frame.source_index for frame in unknown), detections, strict=True))
-            yield batch._replace(new=[(frame, cached[frame.source_index]) for frame in new])
-            last = batch.frames[-1] if batch.frames else last
+            new = {frame.source_index: frame.image for frame in batch.frames if frame.source_index not in cached}
+            if new and time.monotonic() > deadline:
+                yield Batch([], ends_chunk=True, is_end=False)
+                return
+            if new:
+                cached.update(zip(new, DETECTOR([*new.values()]), strict=True))
+            yield batch
 
 
 def select(detections: np.ndarray, conf_threshold: float, classes: Sequence[str]) -> np.ndarray:
@@ -443,20 +380,28 @@ def lower_thread_priority() -> None:
         os.nice(10)
 
 
-def prefetch(items: Generator[T]) -> Generator[T]:
+def prefetch(items: Generator[T], heartbeat_seconds: float | None = None) -> Generator[T | None]:
     """The same items, but the next one is made in a thread while the last one is being used.
 
     Closing it does not wait for the step at hand; `items` is closed after that step.
+
+    Args:
+        heartbeat_seconds: After this long without an item, None is yielded.
     """
     executor, context = ThreadPoolExecutor(1, initializer=lower_thread_priority), contextvars.copy_context()
     first = executor.submit(context.run, next, items, END)  # now, not when the first one is asked for
 
-    def results() -> Generator[T]:
+    def results() -> Generator[T | None]:
         step = first
         try:
-            while (item := step.result()) is not END:
-                step = executor.submit(context.run, next, items, END)
-                yield item
+            while True:
+                if not wait([step], heartbeat_seconds).done:
+                    yield None
+                elif (item := step.result()) is END:
+                    return
+                else:
+                    step = executor.submit(context.run, next, items, END)
+                    yield item
         finally:
             executor.submit(items.close)
             executor.shutdown(wait=False)
@@ -467,14 +412,13 @@ def prefetch(items: Generator[T]) -> Generator[T]:
 # -------------------------------------------------------------------------------------------------------- results
 
 
-def cached_detections(video: str, resolution: str) -> dict[int, np.ndarray]:
-    """The detections of earlier runs of the same file at the same resolution, by source index. Runs add to it."""
-    file = os.stat(video)
-    return _detections(video, file.st_size, file.st_mtime_ns, resolution)
-
-
 @lru_cache(maxsize=CACHED_VIDEOS)
-def _detections(*_: object) -> dict[int, np.ndarray]:
+def cached_detections(video: str, modified: float, resolution: str) -> dict[int, np.ndarray]:
+    """The detections of all runs of a file at a resolution, by source index. Runs add to it.
+
+    Args:
+        modified: When the file was modified: after a change, it is another video.
+    """
     return {}
 
 
@@ -499,13 +443,14 @@ COLUMNS = ["time_seconds", "frame", "label", "score", "x1", "y1", "x2", "y2"]
 
 
 class Report:
-    """What a run has found so far, for the page's status, table and plot, and for the files."""
+    """What a run has found so far, for the page's status, table and plot, and for the files in `folder`."""
 
     def __init__(self, video: str, conf_threshold: float, classes: Sequence[str], resolution: str):
         self.info, self.conf_threshold, self.classes = read_video_info(video), conf_threshold, list(classes or ())
-        self.resolution, self.fps = resolution, output_format(self.info, resolution)[0]
+        self.resolution, self.fps = resolution, self.info.fps / RESOLUTIONS[resolution].step
         self.chunks: list[str] = []
-        self.folder, self._folder_users = None, ["page"]  # a list, because append and pop are atomic
+        self.folder, self.failure = "", None
+        self.cached = cached_detections(video, os.path.getmtime(video), resolution)
         self.output_frames, self.is_end, self.waits_for_gpu = 0, False, False
         self._started, self._frames, self._source_size = time.monotonic(), 0, (None, None)
         self._rows: list[np.ndarray] = []  # a float32 (N, 8) array per frame: `COLUMNS`, with the label's number
@@ -538,16 +483,6 @@ class Report:
         if self.is_end and self.info.expected_seconds - self.seconds > 1.5 / self.fps:
             gr.Warning(f"This video is damaged. It could be read up to second {self.seconds:.1f}.")
 
-    def make_folder(self) -> None:
-        self.folder = tempfile.mkdtemp(prefix="chunks-")
-        self._folder_users.append("stream")
-
-    def release_folder(self) -> None:
-        """Removes the chunks, once both the page and the stream have called this; either may be the last one."""
-        self._folder_users.pop()
-        if self.folder and not self._folder_users:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
     def status(self, ended: str = "") -> str:
         """One line for the page."""
         elapsed, total = time.monotonic() - self._started, self.info.duration_seconds
@@ -563,14 +498,14 @@ class Report:
             progress = f"{self.seconds:.1f} of {total:.1f} s · {(total - self.seconds) / speed:.0f} s left"
         return f"{progress} · {speed:.1f}× real time · {DETECTOR.name} on {DETECTOR.device.type}"
 
-    def table(self) -> list[list]:
+    def table(self) -> pd.DataFrame:
         """A row per class: the most at once, and the first and last second in which it was seen."""
-        rows: dict[str, tuple] = {}
-        for (_, label), (most, first, last) in self._points.items():
-            old = rows.get(label, (0, first, last))
-            rows[label] = (max(old[0], most), old[1], last)
-        rows = [[label, most, round(first, 1), round(last, 1)] for label, (most, first, last) in rows.items()]
-        return sorted(rows, key=lambda row: (-row[1], row[0]))
+        points = pd.DataFrame(
+            [(label, *values) for (_, label), values in self._points.items()],
+            columns=["class", "most", "first", "last"],
+        )
+        rows = points.groupby("class", as_index=False).agg({"most": "max", "first": "min", "last": "max"})
+        return rows.sort_values(["most", "class"], ascending=[False, True]).round(1)
 
     def plot(self) -> dict:
         """An update of the page's plot: the most at once of each class, over time.
@@ -579,23 +514,22 @@ class Report:
         is not in `color_map` stays invisible. Fixed limits keep the axes still.
         """
         labels = sorted({label for _, label in self._points})
-        if not labels:
-            return gr.update(visible=False)
+        seconds = range(0, int(self.seconds - 1 / self.fps) + 1, self._seconds_per_point)
         counts = pd.DataFrame(
-            [
-                (second, label, self._points.get((second, label), (0,))[0])
-                for second in range(0, int(self.seconds - 1 / self.fps) + 1, self._seconds_per_point)
-                for label in labels
-            ],
+            [(second, label, self._points.get((second, label), (0,))[0]) for second in seconds for label in labels],
             columns=["second", "class", "count"],
         )
         return gr.update(
             value=counts,
             color_map={label: label_color(label) for label in labels},
             x_lim=[0, self.info.duration_seconds],
-            y_lim=[0, max(5, int(counts["count"].max()))],  # below 5, the axis would have ticks at halves
-            visible=True,
+            y_lim=[0, max([5, *counts["count"]])],  # below 5, the axis would have ticks at halves
+            visible=bool(labels),
         )
+
+    def results(self) -> dict[str, object]:
+        """Values for the page's components."""
+        return {"table": self.table(), "plot": self.plot()}
 
     def detections(self) -> pd.DataFrame:
         """A row per detection, with the columns of the CSV file; boxes in pixels of the source."""
@@ -603,9 +537,18 @@ class Report:
         table["label"] = table["label"].map(DETECTOR.id2label).astype(object)
         return table.round({"time_seconds": 3, "score": 4, "x1": 1, "y1": 1, "x2": 1, "y2": 1})
 
-    def as_dict(self) -> dict:
+    def save(self) -> list[str]:
+        """Writes the annotated video, and the detections as CSV and JSON. Returns their paths."""
+        base, detections = os.path.join(self.folder, Path(self.info.path).stem), self.detections()
+        paths = [f"{base}-boxes.mp4", f"{base}.csv", f"{base}.json"]
+        join_chunks(self.chunks, paths[0])
+        detections.to_csv(paths[1], index=False)
+        content = json.dumps(self.as_dict(detections), ensure_ascii=False)
+        Path(paths[2]).write_text(content, encoding="utf-8")
+        return paths
+
+    def as_dict(self, detections: pd.DataFrame) -> dict:
         """The content of the JSON file, which README.md describes."""
-        detections = self.detections()
         boxes = detections[COLUMNS[4:]].to_numpy().tolist()
         (width, height), duration = self._source_size, round(self.info.duration_seconds, 3)
         return {
@@ -619,121 +562,132 @@ class Report:
             ],
         }
 
-    def save_video(self) -> str:
-        """Writes the annotated video beside the chunks, and returns its path."""
-        path = os.path.join(self.folder, f"{Path(self.info.path).stem}-boxes.mp4")
-        join_chunks(self.chunks, path)
-        return path
-
-    def save(self) -> list[str]:
-        """Writes the annotated video and the detections as CSV and JSON, beside the chunks. Returns their paths."""
-        base = os.path.join(self.folder, Path(self.info.path).stem)
-        paths = [self.save_video(), f"{base}.csv", f"{base}.json"]
-        self.detections().to_csv(paths[1], index=False)
-        Path(paths[2]).write_text(json.dumps(self.as_dict(), ensure_ascii=False), encoding="utf-8")
-        return paths
-
 
 # ----------------------------------------------------------------------------------------------------------- runs
 
 
 class Run:
-    """A run on the page, from its start until it has ended, was stopped, or was replaced by one with new settings."""
+    """A run of a session, from its arrival until it has ended."""
 
-    def __init__(self):
-        self.is_stopped, self.is_replaced, self.has_ended = False, False, asyncio.Event()
+    def __init__(self, session: str):
+        self.session, self.is_stopped, self.has_ended = session, False, threading.Event()
+
+    @property
+    def is_replaced(self) -> bool:
+        return RUNS.get(self.session) is not self
 
 
-# Used in Gradio's event loop only, so no locks are needed.
 RUNS: dict[str, Run] = {}  # the current run of each session
 QUEUE: list[Run] = []  # all runs in the order of their arrival; the first `VISITORS_AT_ONCE` are in progress
+RUNS_LOCK = threading.Lock()
 
 
-async def replace_run(session: str, run: Run) -> None:
-    """Makes `run` the session's run. Waits until the one before, if any, has sent its last output."""
-    previous, RUNS[session] = RUNS.get(session), run
-    if previous:
-        previous.is_stopped = previous.is_replaced = True
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(previous.has_ended.wait(), timeout=2)
+@contextlib.contextmanager
+def new_run(session: str) -> Iterator[Run]:
+    """Makes a run that takes the place of the session's run, if any, once that one has sent its last output."""
+    run = Run(session)
+    with RUNS_LOCK:
+        if len(QUEUE) >= MAX_QUEUE:
+            raise gr.Error("Too many people are using this app. Try again in a few minutes.", title="Busy")
+        previous, RUNS[session] = RUNS.get(session), run
+        QUEUE.append(run)
+    try:
+        if previous:
+            previous.is_stopped = True
+            previous.has_ended.wait(timeout=2)
+        yield run
+    finally:
+        run.has_ended.set()
+        with RUNS_LOCK:
+            QUEUE.remove(run)
+            if not run.is_replaced:
+                del RUNS[session]
 
 
-async def stop_run(request: gr.Request) -> None:
+def stop_run(request: gr.Request) -> None:
     """Ends the session's run. Everything that it has streamed stays."""
     if run := RUNS.get(request.session_hash):
         run.is_stopped = True
 
 
-def end_run(run: Run, report: Report | None, session: str | None = None) -> None:
-    run.has_ended.set()
-    if report:
-        report.release_folder()
-    if run in QUEUE:
-        QUEUE.remove(run)
-    if RUNS.get(session) is run:
-        del RUNS[session]
+def follow(run: Run, *settings: object) -> Iterator[dict[str, object]]:
+    """A run from the queue to its end, as new values for the page: status, chunks, results so far, and then files.
 
+    Args:
+        settings: As `Report` takes them.
 
-async def wait_in_queue(run: Run) -> AsyncIterator[str]:
-    """Yields status lines until it is the run's turn, or until it is stopped."""
-    if len(QUEUE) >= MAX_QUEUE:
-        raise gr.Error("Too many people are using this app. Try again in a few minutes.", title="Busy")
-    QUEUE.append(run)
-    while not run.is_stopped and (position := QUEUE.index(run) - VISITORS_AT_ONCE + 1) > 0:
-        yield f"Waiting for other visitors: position {position} in the queue."
-        await asyncio.sleep(HEARTBEAT_SECONDS)
-
-
-def stream_updates(report: Report) -> Generator[StreamUpdate]:
-    """Streams a video to its end: on ZeroGPU, cached frames without a GPU, and the rest in as many calls as needed."""
-    info, start, is_end, with_gpu = report.info, 0, False, not ON_ZEROGPU
-    cached = cached_detections(info.path, report.resolution)
-    report.make_folder()
-    try:
-        while not is_end:
-            budget_seconds = math.inf if with_gpu else 0
-            if with_gpu and ON_ZEROGPU:
-                budget_seconds = GPU_PACE.budget_seconds(round(info.duration_seconds * report.fps) - start)
-            stream = stream_object_detection if with_gpu else unwrap(stream_object_detection)
-            report.waits_for_gpu, first, update = with_gpu and ON_ZEROGPU, None, None
-            updates = stream(
-                info.path, report.conf_threshold, report.classes, report.resolution, start=start,
-                cached=dict(cached) if ON_ZEROGPU else cached,  # a copy: it is pickled while other runs may add to it
-                folder=report.folder, budget_seconds=budget_seconds, every_batch=True,
-            )  # fmt: skip
-            with contextlib.closing(updates):
-                for update in updates:
-                    report.waits_for_gpu, first = False, first or update
-                    cached.update((frame.source_index, frame.detections) for frame in update.frames)
-                    is_end = update.is_end
-                    yield update
-            if with_gpu and update.output_frames == start:
-                raise gr.Error("The GPU was not fast enough for a single frame.", title="No result")
-            if with_gpu:  # the first update contains the start of the GPU
-                GPU_PACE.learn(update.output_frames - first.output_frames, update.gpu_seconds - first.gpu_seconds)
-            start, with_gpu = update.output_frames, not with_gpu or not ON_ZEROGPU
-    finally:
-        report.release_folder()
-
-
-async def in_background(items: Generator[T]) -> AsyncIterator[T | None]:
-    """The same items, made in a thread, one ahead; None comes at least every `HEARTBEAT_SECONDS`.
-
-    Closing it does not wait for the step at hand, which would block the event loop for all visitors.
+    Raises:
+        gr.Error: At the end, if something failed.
     """
-    executor, context = ThreadPoolExecutor(1), contextvars.copy_context()
     try:
-        step = asyncio.wrap_future(executor.submit(context.run, next, items, END))
+        while not run.is_stopped and (position := QUEUE.index(run) - VISITORS_AT_ONCE + 1) > 0:
+            yield {"status": f"Waiting for other visitors: position {position} in the queue."}
+            time.sleep(HEARTBEAT_SECONDS)
+        report = Report(*settings)
+        yield {"status": report.status(), **NO_RESULTS}
+        with contextlib.closing(prefetch(stream_into(report), HEARTBEAT_SECONDS)) as updates:
+            while not (run.is_stopped or report.is_end or report.failure):
+                update = next(updates)
+                if update:
+                    report.add(update)
+                    yield {"processed": update.chunk, **report.results()}
+                yield {"status": report.status()}
+            ended = "Ended early" if report.failure else "Stopped" if run.is_stopped else "Done"
+            yield {"status": report.status(ended), **report.results()}
+            report.warn_if_damaged()
+            if report.chunks:
+                yield {"files": report.save()}
+        if report.failure:
+            if report.chunks:
+                report.failure.message += (
+                    f" It is complete up to second {report.seconds:.0f}; Run again continues there."
+                )
+            raise report.failure
+    except Exception as error:
+        error = user_facing_error(error)
+        yield {"status": error.message}
+        raise error from None
+
+
+def stream_into(report: Report) -> Generator[StreamUpdate | None]:
+    """Streams a video to its end. An error becomes the report's failure.
+
+    Then it yields None: `report.folder` has the chunks until this generator is closed.
+    """
+    with tempfile.TemporaryDirectory(prefix="chunks-") as report.folder:
+        try:
+            yield from stream_in_calls(report)
+        except Exception as error:
+            report.failure = user_facing_error(error)
         while True:
-            while not (await asyncio.wait([step], timeout=HEARTBEAT_SECONDS))[0]:
-                yield None
-            if (item := step.result()) is END:
-                return
-            step = asyncio.wrap_future(executor.submit(context.run, next, items, END))
-            yield item
-    finally:
-        executor.submit(items.close)
-        executor.shutdown(wait=False)
+            yield None
+
+
+def stream_in_calls(report: Report) -> Generator[StreamUpdate]:
+    """On ZeroGPU, cached frames without a GPU, and the rest in as many calls as needed; elsewhere, a single call."""
+    info, start, is_end, with_gpu = report.info, 0, False, not ON_ZEROGPU
+    while not is_end:
+        budget_seconds = math.inf if with_gpu else 0
+        if with_gpu and ON_ZEROGPU:
+            budget_seconds = GPU_PACE.budget_seconds(round(info.duration_seconds * report.fps) - start)
+        stream = stream_object_detection if with_gpu else unwrap(stream_object_detection)
+        report.waits_for_gpu, first, update = with_gpu and ON_ZEROGPU, None, None
+        updates = stream(
+            info.path, report.conf_threshold, report.classes, report.resolution, start=start,
+            cached=dict(report.cached) if ON_ZEROGPU else report.cached,  # a copy: it is pickled while others add to it
+            folder=report.folder, budget_seconds=budget_seconds,
+        )  # fmt: skip
+        with contextlib.closing(updates):
+            for update in updates:
+                report.waits_for_gpu, first = False, first or update
+                report.cached.update((frame.source_index, frame.detections) for frame in update.frames)
+                start, is_end = update.output_frames, update.is_end
+                yield update
+        if with_gpu and not first:
+            raise gr.Error("The GPU was not fast enough for a single frame.", title="No result")
+        if with_gpu:  # the first update contains the start of the GPU
+            GPU_PACE.learn(update.output_frames - first.output_frames, update.gpu_seconds - first.gpu_seconds)
+        with_gpu = not with_gpu or not ON_ZEROGPU
 
 
 def user_facing_error(error: Exception) -> gr.Error:
@@ -752,13 +706,18 @@ def user_facing_error(error: Exception) -> gr.Error:
 
 # ----------------------------------------------------------------------------------------------------------- page
 
-NO_RESULTS = (None, gr.update(visible=False), gr.update(value=None, visible=False))  # table, plot, files
-UNCHANGED = (gr.skip(),) * 3
+OUTPUTS = ("processed", "status", "table", "plot", "files")
+NO_RESULTS = {"table": None, "plot": gr.update(visible=False), "files": None}
 
 
-async def stream_to_page(
+def page_update(**values: object) -> tuple:
+    """A value for each component in `OUTPUTS`; those that are not named stay as they are."""
+    return tuple(values.get(name, gr.skip()) for name in OUTPUTS)
+
+
+def stream_to_page(
     video: str | None, conf_threshold: float, classes: list[str], resolution: str, request: gr.Request
-) -> AsyncIterator[tuple]:
+) -> Iterator[tuple]:
     """Detect objects on a video and watch them: the annotated video as an HLS stream, chunk by chunk.
 
     Args:
@@ -767,63 +726,20 @@ async def stream_to_page(
         classes: Names of the classes to draw; empty for all.
         resolution: "Half (fast)" (half the size, every second frame) or "Full".
     """
-    run, report = Run(), None
-    try:
-        await replace_run(request.session_hash, run)
-        await asyncio.sleep(SETTLE_SECONDS)
-        if run.is_replaced:
-            return
-        if video is None:
-            yield gr.update(value=None), WELCOME, *NO_RESULTS
-            return
-        async for status in wait_in_queue(run):
-            yield gr.skip(), status, *UNCHANGED
-        report, failure = await asyncio.to_thread(Report, video, conf_threshold, classes, resolution), None
-        if not run.is_replaced:
-            yield gr.skip(), report.status(), *NO_RESULTS
-        try:
-            async with contextlib.aclosing(in_background(stream_updates(report))) as updates:
-                async for update in updates:
-                    if run.is_stopped:
-                        break
-                    if update:
-                        report.add(update)
-                    if update and update.chunk:
-                        yield update.chunk, report.status(), report.table(), report.plot(), gr.skip()
-                    else:
-                        yield gr.skip(), report.status(), *UNCHANGED
-        except Exception as error:
-            failure = error
-        if not run.is_replaced:
-            ended = "Ended early" if failure else "Stopped" if run.is_stopped else "Done"
-            yield gr.skip(), report.status(ended), report.table(), report.plot(), gr.skip()
-            report.warn_if_damaged()
-            if report.chunks:
-                files = await asyncio.to_thread(report.save)
-                if not run.is_replaced:
-                    yield *(gr.skip(),) * 4, gr.update(value=files, visible=True)
-            if failure:
-                raise failure
-    except Exception as error:
-        error = user_facing_error(error)
-        if report and report.chunks and not report.is_end:
-            error.message += f" It is complete up to second {report.seconds:.0f}; Run again continues there."
-        yield gr.skip(), error.message, *UNCHANGED
-        raise error from None
-    finally:
-        end_run(run, report, request.session_hash)
-    if run.is_replaced:
-        # When a run ends, Gradio sends its last output again, perhaps after the first one of its successor.
-        yield (gr.skip(),) * 5
+    with new_run(request.session_hash) as run:
+        time.sleep(SETTLE_SECONDS)
+        cleared = {"processed": gr.update(value=None), "status": WELCOME, **NO_RESULTS}
+        for values in follow(run, video, conf_threshold, classes, resolution) if video else [cleared]:
+            if run.is_replaced:
+                break
+            yield page_update(**values)
+    # When a run ends, Gradio sends its last output again, perhaps after the first one of its successor.
+    yield page_update()
 
 
-async def detect_video(
-    video: str,
-    conf_threshold: float,
-    classes: list[str],
-    resolution: str,
-    progress=gr.Progress(),  # noqa: B008
-) -> AsyncIterator[tuple[str, dict] | tuple[None, None]]:
+def detect_video(
+    video: str, conf_threshold: float, classes: list[str], resolution: str
+) -> Iterator[tuple[str, dict] | tuple[None, None]]:
     """Detect objects on a whole video, for programs.
 
     Args:
@@ -835,24 +751,13 @@ async def detect_video(
     Returns:
         The annotated video as one mp4 file with sound, and the detections, as README.md describes them.
     """
-    run, report = Run(), None
-    try:
-        async for status in wait_in_queue(run):
-            progress(0, desc=status)
-            yield None, None
-        report = await asyncio.to_thread(Report, video, conf_threshold, classes, resolution)
-        async with contextlib.aclosing(in_background(stream_updates(report))) as updates:
-            async for update in updates:
-                if update:
-                    report.add(update)
-                progress(report.seconds / report.info.duration_seconds, desc=report.status())
+    with new_run(uuid.uuid4().hex) as run:
+        for values in follow(run, video, conf_threshold, classes, resolution):
+            if files := values.get("files"):
+                annotated, _, detections = files
+                yield annotated, json.loads(Path(detections).read_text(encoding="utf-8"))
+            else:
                 yield None, None  # so that Gradio notices a client that has left
-        report.warn_if_damaged()
-        yield await asyncio.to_thread(report.save_video), await asyncio.to_thread(report.as_dict)
-    except Exception as error:
-        raise user_facing_error(error) from error
-    finally:
-        end_run(run, report)
 
 
 class BlockScreenRecordingRoute:
@@ -873,22 +778,19 @@ WELCOME = "Upload a video, record one, or click an example."
 # number is clamped, and an empty box gets its last good one back.
 HEAD = """
 <script>
-const isNumberBox = (box) => box.matches?.("#threshold input[type=number]");
-const isGood = (box) => box.value !== "" && +box.value >= +box.min && +box.value <= +box.max;
-document.addEventListener("focusin", ({target: box}) => {
-    if (isNumberBox(box) && isGood(box)) box.lastGood = box.value;
-});
-document.addEventListener("input", (event) => {
+let lastGood;
+const checkNumberBox = (event) => {
     const box = event.target;
-    if (!isNumberBox(box)) return;
-    if (isGood(box)) box.lastGood = box.value;
-    else event.stopImmediatePropagation();
-}, true);
-document.addEventListener("focusout", ({target: box}) => {
-    if (!isNumberBox(box) || isGood(box)) return;
-    box.value = box.value === "" ? box.lastGood : Math.min(box.max, Math.max(box.min, box.value));
-    box.dispatchEvent(new Event("input", {bubbles: true}));
-}, true);
+    if (!box.matches?.("#threshold input[type=number]")) return;
+    const isGood = box.value && +box.value >= +box.min && +box.value <= +box.max;
+    if (isGood) lastGood = box.value;
+    else if (event.type === "input") event.stopImmediatePropagation();
+    else if (event.type === "focusout") {
+        box.value = box.value ? Math.min(box.max, Math.max(box.min, box.value)) : lastGood;
+        box.dispatchEvent(new Event("input", {bubbles: true}));
+    }
+};
+for (const type of ["focusin", "input", "focusout"]) document.addEventListener(type, checkNumberBox, true);
 </script>
 """
 CSS = """
@@ -906,7 +808,7 @@ CSS = """
 def build_page() -> gr.Blocks:
     with gr.Blocks(title="Video object detection with RT-DETR", delete_cache=(3600, 86400)) as page:
         intro = "Upload a video and watch what RT-DETR finds in it."
-        gr.Markdown(f"# Streaming video object detection\n{intro} <small>Model: {DETECTOR.link}</small>")
+        gr.Markdown(f"# Streaming video object detection\n{intro} <small>Model: {DETECTOR.name}</small>")
         if MODEL_NOTE:
             gr.Markdown(MODEL_NOTE)
         with gr.Row(elem_id="columns"):
@@ -944,9 +846,7 @@ def build_page() -> gr.Blocks:
                         x="second", y="count", color="class", x_title="Seconds", y_title="Max at once",
                         y_axis_format="d", height=240, visible=False, elem_id="plot",
                     )  # fmt: skip
-                    files = gr.File(
-                        label="Results", file_count="multiple", interactive=False, visible=False, elem_id="files"
-                    )
+                    files = gr.File(label="Results", file_count="multiple", interactive=False, elem_id="files")
 
         settings = [source, conf_threshold, classes, resolution]
         changes = [source.change, conf_threshold.change, classes.change, resolution.change, start.click]
@@ -970,4 +870,6 @@ demo = build_page()
 
 if __name__ == "__main__":
     middleware = [Middleware(BlockScreenRecordingRoute)]
-    demo.launch(css=CSS, head=HEAD, max_file_size=MAX_UPLOAD, app_kwargs={"middleware": middleware})
+    demo.launch(
+        css=CSS, head=HEAD, max_file_size=MAX_UPLOAD, app_kwargs={"middleware": middleware}, max_threads=40 + MAX_QUEUE
+    )

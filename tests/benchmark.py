@@ -17,7 +17,6 @@ warm-up on a tiny video, and then plays the video three times:
 
 import argparse
 import asyncio
-import contextlib
 import itertools
 import math
 import multiprocessing
@@ -128,25 +127,20 @@ class Side:
 
             def stream(video: str, folder: str) -> Iterator[str]:
                 """As the page does it: in a thread, one chunk ahead."""
-                chunks = app.stream_object_detection(video, CONF_THRESHOLD, (), job.resolution, folder=folder)
-                updates, loop = app.in_background(chunks), asyncio.new_event_loop()
-                with contextlib.suppress(StopAsyncIteration):
-                    while True:
-                        update = loop.run_until_complete(anext(updates))
-                        if update:
-                            yield update.chunk
-                loop.close()
+                updates = app.stream_object_detection(video, CONF_THRESHOLD, (), job.resolution, folder=folder)
+                for update in app.prefetch(updates):
+                    yield update.chunk
 
             self.stream = stream
-            precision = str(app.DETECTOR.dtype)
+            precision = "float16" if self.model.device.type == "cuda" else "float32"
         else:
             source = os.environ["MODEL_ID"]
             processor = RTDetrImageProcessorPil.from_pretrained(source)
             self.model = AutoModelForObjectDetection.from_pretrained(source, dtype=torch.float32).eval()
             self.model = self.model.to("cuda" if torch.cuda.is_available() else "cpu")
             self.stream = lambda video, folder: guide_stream(video, folder, self.model, processor)
-            precision = "torch.float32"
-        self.name = f"{precision} on {self.model.device}".replace("torch.", "")
+            precision = "float32"
+        self.name = f"{precision} on {self.model.device}"
         self.player = gr.Video(streaming=True)
         self.forward_seconds = 0.0
 
@@ -398,7 +392,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--video", action="append", help="a video file; without it, streets are rendered")
     parser.add_argument("--model", default="shapes", help="shapes (default), r18, r50, a folder, or an id on the Hub")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU, if there is one")
-    parser.add_argument("--precision", help="handed to the app in PRECISION; the guide runs in float32")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default 3)")
     parser.add_argument("--seconds", type=float, default=8, help="at most this much of each video (default 8)")
     parser.add_argument("--outside", action="store_true", help="a constant answer instead of the forward pass")
@@ -408,8 +401,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif options.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no CUDA GPU here.")
-    if options.precision:
-        os.environ["PRECISION"] = options.precision
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:

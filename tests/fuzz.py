@@ -145,9 +145,9 @@ def stream(path: str, folder: str) -> tuple[list[str], str, str]:
     started = time.monotonic()
     chunks: list[str] = []
     try:
-        with contextlib.closing(app.stream_object_detection(path, 0.3, folder=folder, every_batch=True)) as updates:
+        with contextlib.closing(app.stream_object_detection(path, 0.3, folder=folder)) as updates:
             for update in updates:
-                chunks += [update.chunk] if update.chunk else []
+                chunks.append(update.chunk)
                 if time.monotonic() - started > SECONDS:
                     return chunks, "", f"no end after {SECONDS} s and {len(chunks)} chunks"
     except gr.Error as error:

@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import time
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -24,12 +25,18 @@ def video(tmp_path):
     return str(Kind("fresh", frames=82, audio=()).make(tmp_path))
 
 
-def run(video, conf_threshold=0.3, classes=(), resolution=app.HALF):
-    """The report of a whole run, as the page makes it."""
+def run(video, conf_threshold=0.3, classes=(), resolution=app.HALF, save_to=None):
+    """The report of a whole run, as the page makes it. Its files are copied to the folder `save_to`."""
     report = app.Report(video, conf_threshold, classes, resolution)
-    for update in app.stream_updates(report):
-        report.add(update)
-    report.release_folder()
+    with closing(app.stream_into(report)) as updates:
+        while not report.is_end and not report.failure:
+            if update := next(updates):
+                report.add(update)
+        if save_to:
+            report.saved = [shutil.copy(path, save_to) for path in report.save()]
+    assert not os.path.exists(report.folder)
+    if report.failure:
+        raise report.failure
     return report
 
 
@@ -61,10 +68,9 @@ def test_a_restart_in_mid_stream_costs_only_the_rest(video, monkeypatch):
     passes = count_passes(monkeypatch)
     before = threading.active_count()
     report = app.Report(video, 0.3, (), app.HALF)
-    updates = app.stream_updates(report)
+    updates = app.stream_into(report)
     next(updates)
     updates.close()
-    report.release_folder()
     while threading.active_count() > before:
         time.sleep(0.01)
     run(video, 0.6)
@@ -84,7 +90,7 @@ def test_a_second_run_draws_the_same_pictures(video, tmp_path):
 
 
 def test_nothing_below_the_lowest_score_is_kept(video):
-    detections = np.concatenate(list(app.cached_detections(run(video).info.path, app.HALF).values()))
+    detections = np.concatenate(list(run(video).cached.values()))
     assert len(detections)
     assert detections[:, 4].min() >= app.MIN_SCORE
     shown = run(video, 0.0).detections()
@@ -102,14 +108,8 @@ def report():
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """The paths of the CSV and the JSON file of a run, copied before its folder goes."""
-    report, folder = app.Report(str(EXAMPLE), 0.5, [], app.HALF), tmp_path_factory.mktemp("saved")
-    for update in app.stream_updates(report):
-        report.add(update)
-    paths = [shutil.copy(path, folder) for path in report.save()]
-    report.release_folder()
-    assert not os.path.exists(report.folder)
-    return paths
+    """The paths of the video, the CSV and the JSON file of a run."""
+    return run(str(EXAMPLE), 0.5, save_to=tmp_path_factory.mktemp("saved")).saved
 
 
 def test_the_files_are_named_after_the_source(saved):
@@ -150,7 +150,7 @@ def test_the_json_carries_what_a_program_needs(report, saved):
 
 
 def test_the_table_and_the_plot_tell_the_same_story_as_the_truth(report):
-    table = {row[0]: row[1:] for row in report.table()}
+    table = {row[0]: row[1:] for row in report.table().to_numpy().tolist()}
     truth = {}
     for frame in range(0, int(report.info.duration_seconds * report.info.fps), 2):
         for label in shapes.example_truth(EXAMPLE.stem, frame)[1]:
@@ -166,12 +166,13 @@ def test_the_table_and_the_plot_tell_the_same_story_as_the_truth(report):
 def test_a_threshold_of_0_costs_little_memory_per_frame(video):
     report = run(video, 0.0)
     assert sum(rows.nbytes for rows in report._rows) < 2000 * 41
-    assert sum(rows.nbytes for rows in app.cached_detections(video, app.HALF).values()) < 2000 * 41
+    assert sum(rows.nbytes for rows in report.cached.values()) < 2000 * 41
 
 
 def test_analysed_seconds_never_exceed_the_duration(tmp_path):
     path = Kind("odd", frames=83, audio=()).make(tmp_path)
-    content = run(str(path)).as_dict()
+    report = run(str(path))
+    content = report.as_dict(report.detections())
     assert content["analysed_seconds"] <= content["video"]["duration_seconds"]
 
 
@@ -180,14 +181,14 @@ def test_a_failure_comes_after_everything_that_was_found(video, monkeypatch):
 
     def failing(frames):
         calls.extend(frames)
-        if len(calls) > app.DETECTOR.batch_frames:
+        if len(calls) > 30:
             raise RuntimeError("the device is gone")
         return detect(frames)
 
     detect = app.DETECTOR._forward_pass
     monkeypatch.setattr(app.DETECTOR, "_forward_pass", failing)
-    with pytest.raises(RuntimeError, match="the device is gone"):
-        for update in app.stream_updates(report):
+    with closing(app.stream_into(report)) as updates:
+        while update := next(updates):
             report.add(update)
-    report.release_folder()
-    assert report.output_frames == app.DETECTOR.batch_frames
+    assert "Something went wrong" in report.failure.message
+    assert report.output_frames == 30, "the first chunk"

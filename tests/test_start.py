@@ -90,12 +90,6 @@ def test_an_unsupported_image_processor_is_an_error_with_the_settings_name(setti
     assert "Traceback" not in result.stderr
 
 
-def test_an_unknown_precision_is_an_error_that_lists_the_known_ones(tmp_path):
-    result = start(tmp_path, MODEL_ID=str(app.SHIPPED_MODEL), PRECISION="fp16")
-    assert result.returncode == 1
-    assert "PRECISION must be float32, float16, bfloat16 or empty, not 'fp16'." in result.stderr
-
-
 def test_a_bug_does_not_look_like_a_missing_network(tmp_path):
     """A default checkpoint that is cached but breaks must not be replaced by the shipped detector."""
     break_it = "import transformers; transformers.AutoConfig.from_pretrained = lambda *_, **__: {}['broken']; "

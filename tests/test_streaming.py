@@ -75,17 +75,18 @@ def test_a_stream_that_begins_in_mid_video_equals_the_rest_of_a_whole_one(tmp_pa
         np.testing.assert_allclose(*sure, atol=0.001)
 
 
-def test_with_every_batch_an_update_follows_each_pass(numbered, small_batches, tmp_path):
-    updates = list(app.stream_object_detection(numbered, 1.0, folder=str(tmp_path), every_batch=True))
-    assert [len(update.frames) for update in updates] == [12, 12, 6, 12, 12, 6, 2]
-    assert [bool(update.chunk) for update in updates] == [False, False, True, False, False, True, True]
-    assert [update.output_frames for update in updates] == [12, 24, 30, 42, 54, 60, 62]
-    assert [update.is_end for update in updates] == [False] * 6 + [True]
+def test_small_batches_make_the_same_chunks(numbered, small_batches, tmp_path, monkeypatch):
+    passes = count_passes(monkeypatch)
+    updates = list(app.stream_object_detection(numbered, 1.0, folder=str(tmp_path)))
+    assert len(passes) > 6
+    assert [len(update.frames) for update in updates] == [30, 30, 2]
+    assert [update.output_frames for update in updates] == [30, 60, 62]
+    assert [update.is_end for update in updates] == [False, False, True]
 
 
 def batches_of(video, start=0):
     info = app.read_video_info(video)
-    frames = app.sample_frames(info, *app.output_format(info, app.HALF), start)
+    frames = app.sample_frames(info, info.fps / 2, app.RESOLUTIONS[app.HALF].scale, start)
     return list(app.read_batches(frames, 30, start))
 
 
@@ -225,28 +226,37 @@ def all_end(new_threads, seconds=3):
     return not new_threads()
 
 
-@pytest.mark.parametrize("updates_taken", [1, 2, 3])
+@pytest.mark.parametrize("updates_taken", [1, 2])
 def test_closing_ends_all_threads_and_leaves_only_the_yielded_chunks(
     updates_taken, numbered, small_batches, tmp_path, monkeypatch, new_threads
 ):
-    """By default, chunks are in the system's temporary folder. The third update has one."""
+    """By default, chunks are in the system's temporary folder."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    updates = app.stream_object_detection(numbered, 1.0, every_batch=True)
-    chunks = [update.chunk for update in itertools.islice(updates, updates_taken) if update.chunk]
+    updates = app.stream_object_detection(numbered, 1.0)
+    chunks = [update.chunk for update in itertools.islice(updates, updates_taken)]
     assert new_threads()
     updates.close()
-    assert [str(path) for path in tmp_path.iterdir()] == chunks
-    assert len(chunks) == (updates_taken == 3)
+    assert {str(path) for path in tmp_path.iterdir()} == set(chunks)
+    assert len(chunks) == updates_taken
     assert all_end(new_threads)
-    assert [str(path) for path in tmp_path.iterdir()] == chunks
+    assert {str(path) for path in tmp_path.iterdir()} == set(chunks)
 
 
-def test_an_unfinished_chunk_is_removed_when_the_stream_is_closed(numbered, small_batches, tmp_path):
-    updates = app.stream_object_detection(numbered, 1.0, folder=str(tmp_path), every_batch=True)
-    next(updates)
-    assert len(os.listdir(tmp_path)) == 1
-    updates.close()
-    assert not os.listdir(tmp_path)
+def test_an_unfinished_chunk_is_removed_when_the_stream_fails(numbered, small_batches, tmp_path, monkeypatch):
+    written, write = itertools.count(1), app.ChunkWriter.write
+
+    def fail_in_the_second_chunk(writer, image):
+        if next(written) == 40:
+            assert len(os.listdir(tmp_path)) == 2
+            raise OSError(28, "No space left on device")
+        write(writer, image)
+
+    monkeypatch.setattr(app.ChunkWriter, "write", fail_in_the_second_chunk)
+    updates = app.stream_object_detection(numbered, 1.0, folder=str(tmp_path))
+    chunk = next(updates).chunk
+    with pytest.raises(OSError, match="No space left"):
+        next(updates)
+    assert os.listdir(tmp_path) == [os.path.basename(chunk)]
 
 
 def test_an_error_in_a_stage_reaches_the_caller_and_leaves_no_thread_or_file(
@@ -370,9 +380,9 @@ def test_closing_the_stream_does_not_wait_for_a_pass(numbered, small_batches, tm
         return forward(**inputs)
 
     monkeypatch.setattr(app.DETECTOR.model, "forward", slow)
-    updates = app.stream_object_detection(numbered, 1.0, folder=str(tmp_path), every_batch=True)
+    updates = app.stream_object_detection(numbered, 1.0, folder=str(tmp_path))
     next(updates)
-    for _ in range(2):
+    for _ in range(4):
         began.acquire(timeout=5)
     closed_at = time.monotonic()
     updates.close()

@@ -1,6 +1,5 @@
 """What goes wrong on a server: a sentence for the visitor, a traceback in the log, and the next one is served."""
 
-import asyncio
 import contextlib
 import resource
 from types import SimpleNamespace
@@ -22,15 +21,11 @@ def video(tmp_path):
 def watch(video, conf_threshold=0.3):
     """What the page gets of a run: the pictures, the status lines, and the error at its end or None."""
     request, pictures, lines = SimpleNamespace(session_hash="a visitor"), [], []
-
-    async def visit():
-        async for chunk, status, *_ in app.stream_to_page(video, conf_threshold, [], app.HALF, request):
+    try:
+        for chunk, status, *_ in app.stream_to_page(video, conf_threshold, [], app.HALF, request):
             lines.append(status)
             if isinstance(chunk, str):
                 pictures.extend(read_chunks([chunk]).pictures)
-
-    try:
-        asyncio.run(visit())
     except gr.Error as error:
         return pictures, [line for line in lines if isinstance(line, str)], error
     return pictures, [line for line in lines if isinstance(line, str)], None

@@ -1,6 +1,5 @@
 """Many visitors at once, and visitors who leave: each gets his own result, and nothing of him stays."""
 
-import asyncio
 import json
 import os
 import re
@@ -38,7 +37,7 @@ def test_eight_clients_at_once_get_each_what_they_get_alone(server, tmp_path):
         report = app.Report(str(path), threshold, [], resolution)
         for update in app.stream_object_detection(str(path), threshold, resolution=resolution, folder=tmp_path):
             report.add(update)
-        assert found == json.loads(json.dumps(report.as_dict()))
+        assert found == json.loads(json.dumps(report.as_dict(report.detections())))
         np.testing.assert_array_equal(read_chunks([annotated]).pictures, read_chunks(report.chunks).pictures)
 
 
@@ -149,9 +148,9 @@ def request_of(session):
     return SimpleNamespace(session_hash=session)
 
 
-async def watch(session, path, lines):
+def watch(session, path, lines):
     """A run of one session on the page; collects its status lines."""
-    async for _, status, *_ in app.stream_to_page(str(path), 0.3, [], app.HALF, request_of(session)):
+    for _, status, *_ in app.stream_to_page(str(path), 0.3, [], app.HALF, request_of(session)):
         if isinstance(status, str):
             lines.append(status)
 
@@ -164,15 +163,12 @@ def video(tmp_path):
 def test_a_run_that_waits_says_its_position_and_can_be_stopped(video, monkeypatch):
     monkeypatch.setattr(app, "VISITORS_AT_ONCE", 0)
     lines = []
-
-    async def wait_and_stop():
-        run = asyncio.create_task(watch("a", video, lines))
+    with ThreadPoolExecutor() as pool:
+        run = pool.submit(watch, "a", video, lines)
         while not lines:
-            await asyncio.sleep(0.01)
-        await app.stop_run(request_of("a"))
-        await asyncio.wait_for(run, timeout=2)
-
-    asyncio.run(wait_and_stop())
+            time.sleep(0.01)
+        app.stop_run(request_of("a"))
+        run.result(timeout=2)
     assert lines[0] == "Waiting for other visitors: position 1 in the queue."
     assert lines[-1].startswith("Stopped: 0.0 s of video")
     assert not app.QUEUE and not app.RUNS
@@ -181,11 +177,10 @@ def test_a_run_that_waits_says_its_position_and_can_be_stopped(video, monkeypatc
 def test_runs_beyond_the_limit_wait_for_their_turn(video, monkeypatch):
     monkeypatch.setattr(app, "VISITORS_AT_ONCE", 1)
     lines = {session: [] for session in "abc"}
-
-    async def three_visitors():
-        await asyncio.gather(*(watch(session, video, lines[session]) for session in lines))
-
-    asyncio.run(three_visitors())
+    with ThreadPoolExecutor() as pool:
+        for session in lines:
+            pool.submit(watch, session, video, lines[session])
+            time.sleep(0.05)
     assert all(status[-1].startswith("Done: 2.3 s") for status in lines.values())
     assert "position 1" in lines["b"][0] and "position 2" in lines["c"][0]
     assert not app.QUEUE and not app.RUNS
@@ -194,18 +189,17 @@ def test_runs_beyond_the_limit_wait_for_their_turn(video, monkeypatch):
 def test_a_full_queue_gets_a_sentence(video, monkeypatch):
     monkeypatch.setattr(app, "MAX_QUEUE", 0)
     with pytest.raises(gr.Error) as error:
-        asyncio.run(watch("a", video, []))
+        watch("a", video, [])
     assert error.value.message == "Too many people are using this app. Try again in a few minutes."
     assert not app.QUEUE and not app.RUNS
 
 
 def test_of_two_runs_that_start_in_the_same_moment_the_second_one_stays(video):
     first, second = [], []
-
-    async def twice():
-        await asyncio.gather(watch("a", video, first), watch("a", video, second))
-
-    asyncio.run(twice())
+    with ThreadPoolExecutor() as pool:
+        pool.submit(watch, "a", video, first)
+        time.sleep(0.01)
+        pool.submit(watch, "a", video, second)
     assert not first
     assert second[-1].startswith("Done")
     assert not app.QUEUE and not app.RUNS

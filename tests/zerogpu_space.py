@@ -7,7 +7,6 @@ entry of the report, which test_zerogpu.py checks.
 
 # ruff: noqa: E402
 
-import asyncio
 import contextlib
 import json
 import multiprocessing
@@ -17,6 +16,7 @@ import sys
 import threading
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -135,19 +135,15 @@ def new_report(video: str, conf_threshold: float = 1.0) -> app.Report:
 
 def watch(report: app.Report, after_each=do_nothing) -> dict:
     """A run from its beginning to its end: what the chunks show, and what went wrong."""
-    numbers, samples, error = [], 0, None
-    try:
-        with contextlib.closing(app.stream_updates(report)) as updates:
-            for update in updates:
-                report.add(update)
-                if update.chunk:
-                    output = read_chunks([update.chunk])
-                    numbers += [read_number(picture) for picture in output.pictures]
-                    samples += len(output.audio)
-                after_each(update)
-    except Exception as raised:
-        error = app.user_facing_error(raised)
-    report.release_folder()
+    numbers, samples = [], 0
+    with contextlib.closing(app.stream_into(report)) as updates:
+        while update := next(updates):
+            report.add(update)
+            output = read_chunks([update.chunk])
+            numbers += [read_number(picture) for picture in output.pictures]
+            samples += len(output.audio)
+            after_each(update)
+    error = report.failure
     return {
         "numbers": numbers,
         "samples": samples,
@@ -212,9 +208,8 @@ def refused_second_call(video: str, platform: Platform) -> dict:
 
 def killed_worker(video: str, platform: Platform) -> dict:
     def kill_worker(update: app.StreamUpdate) -> None:
-        if update.chunk:
-            (worker,) = multiprocessing.active_children()
-            os.kill(worker.pid, signal.SIGKILL)
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, signal.SIGKILL)
 
     with slow_gpu(0.2):
         run = watch(new_report(video), after_each=kill_worker) | record(platform)
@@ -222,19 +217,16 @@ def killed_worker(video: str, platform: Platform) -> dict:
 
 
 def visitor_who_leaves(video: str, platform: Platform) -> dict:
-    async def leave_after_a_chunk() -> float:
-        report = new_report(video)
-        updates = app.in_background(app.stream_updates(report))
-        async for update in updates:
-            if update and update.chunk:
-                break
+    def leave_after_a_chunk() -> float:
+        updates = app.prefetch(app.stream_into(new_report(video)), app.HEARTBEAT_SECONDS)
+        while not next(updates):
+            pass
         began = time.monotonic()
-        await updates.aclose()
-        report.release_folder()
+        updates.close()
         return time.monotonic() - began
 
-    with slow_gpu(0.1):
-        seconds_to_close = asyncio.run(leave_after_a_chunk())
+    with slow_gpu(0.03):
+        seconds_to_close = leave_after_a_chunk()
         seconds_to_release = seconds_until(lambda: platform.releases)
         seconds_until(lambda: not temporary_files())
     found = {"seconds_to_close": seconds_to_close, "seconds_to_release": seconds_to_release}
@@ -244,21 +236,20 @@ def visitor_who_leaves(video: str, platform: Platform) -> dict:
 def visitor_who_leaves_while_waiting(video: str, platform: Platform) -> dict:
     platform.waiting_seconds = 2.5
 
-    async def leave_after_a_second() -> tuple[int, bool, float]:
+    def leave_after_a_second() -> tuple[int, bool, float]:
         report, heartbeats, said_so, began = new_report(video), 0, False, time.monotonic()
-        updates = app.in_background(app.stream_updates(report))
-        async for update in updates:
+        updates = app.prefetch(app.stream_into(report), app.HEARTBEAT_SECONDS)
+        for update in updates:
             heartbeats += update is None
             said_so = said_so or "Waiting for a GPU" in report.status()
             if time.monotonic() > began + 1.4:
                 break
         began = time.monotonic()
-        await updates.aclose()
-        report.release_folder()
+        updates.close()
         return heartbeats, said_so, time.monotonic() - began
 
-    with slow_gpu(0.2):
-        heartbeats, said_so, seconds_to_close = asyncio.run(leave_after_a_second())
+    with slow_gpu(0.03):
+        heartbeats, said_so, seconds_to_close = leave_after_a_second()
         granted_before = len(platform.requests)
         seconds_until(lambda: platform.requests)
         seconds_to_release = seconds_until(lambda: platform.releases)
@@ -289,25 +280,12 @@ def damaged_file(video: str, platform: Platform) -> dict:
 
 
 def visitors_at_once(video: str, platform: Platform) -> dict:
-    runs = []
+    def visit(delay: float) -> list[int]:
+        time.sleep(delay)
+        return watch(new_report(video))["numbers"]
 
-    async def visit(delay: float) -> None:
-        await asyncio.sleep(delay)
-        report, numbers = new_report(video), []
-        async with contextlib.aclosing(app.in_background(app.stream_updates(report))) as updates:
-            async for update in updates:
-                if update and update.chunk:
-                    pictures = (await asyncio.to_thread(read_chunks, [update.chunk])).pictures
-                    numbers += [read_number(picture) for picture in pictures]
-        report.release_folder()
-        runs.append(numbers)
-
-    async def all_visits() -> None:
-        await asyncio.gather(*(visit(delay) for delay in (0, 0.05, 0.5)))
-
-    with slow_gpu(0.05):
-        asyncio.run(all_visits())
-    return record(platform) | {"runs": runs}
+    with slow_gpu(0.05), ThreadPoolExecutor() as pool:
+        return {"runs": list(pool.map(visit, (0, 0.05, 0.5)))} | record(platform)
 
 
 def forks(video: str, platform: Platform) -> dict:
@@ -322,7 +300,7 @@ def forks(video: str, platform: Platform) -> dict:
 
 def main() -> None:
     assert app.ON_ZEROGPU and app.DETECTOR.device.type == "cpu"
-    app.DETECTOR.batch_frames = 4
+    app.DETECTOR.batch_frames, app.DETECTOR._passes_at_once = 4, 1  # as on a GPU
     video = str(Kind("lent", frames=122, muxer=("-movflags", "+faststart")).make(FOLDER))  # 61 frames, three chunks
     short = str(Kind("short", frames=8, size=(640, 384)).make(FOLDER))
     scenarios = [
