@@ -258,6 +258,7 @@ class Batch(NamedTuple):
     frames: list[Frame]
     ends_chunk: bool
     is_end: bool  # of the video
+    is_cached: bool = False  # none of its frames needed the model
 
 
 @spaces.GPU(duration=lambda *_, budget_seconds=GPU_SECONDS, **__: budget_seconds)
@@ -270,6 +271,7 @@ def stream_object_detection(
     start: int = 0,
     cached: dict[int, np.ndarray] | None = None,
     folder: str | None = None,
+    join_seconds: float = 0,
     budget_seconds: float = GPU_SECONDS if ON_ZEROGPU else math.inf,
 ) -> Iterator[StreamUpdate]:
     """Detects objects on a video and draws them, chunk by chunk.
@@ -282,6 +284,7 @@ def stream_object_detection(
         start: The output frame to begin with.
         cached: Detections by source index. These frames skip the model; new detections are added.
         folder: Where to write the chunks; by default the system's temporary folder.
+        join_seconds: Cached frames up to this second of the video come as one long chunk.
         budget_seconds: The stream ends shortly before this time is over; with 0, at the first frame not in `cached`.
 
     Yields:
@@ -313,7 +316,8 @@ def stream_object_detection(
                 index += len(batch.frames)
                 if audio and batch.frames:
                     writer.write_audio(audio.read_until(index / fps))
-                if batch.ends_chunk and writer:
+                is_joined = batch.is_cached and not batch.is_end and index / fps <= join_seconds
+                if batch.ends_chunk and writer and not is_joined:
                     chunk, writer = writer.close(), None
                     yield StreamUpdate(chunk, found, index, time.monotonic() - began, batch.is_end)
                     found = []
@@ -352,7 +356,7 @@ def detect_batches(batches: Iterator[Batch], cached: dict[int, np.ndarray], dead
                 return
             if new:
                 cached.update(zip(new, DETECTOR([*new.values()]), strict=True))
-            yield batch
+            yield batch._replace(is_cached=not new)
 
 
 def select(detections: np.ndarray, conf_threshold: float, classes: Sequence[str]) -> np.ndarray:
@@ -610,11 +614,12 @@ def stop_run(request: gr.Request) -> None:
         run.is_stopped = True
 
 
-def follow(run: Run, *settings: object) -> Iterator[dict[str, object]]:
+def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dict[str, object]]:
     """A run from the queue to its end, as new values for the page: status, chunks, results so far, and then files.
 
     Args:
         settings: As `Report` takes them.
+        join_seconds: As `stream_object_detection` takes it.
 
     Raises:
         gr.Error: At the end, if something failed.
@@ -625,7 +630,7 @@ def follow(run: Run, *settings: object) -> Iterator[dict[str, object]]:
             time.sleep(HEARTBEAT_SECONDS)
         report = Report(*settings)
         yield {"status": report.status(), **NO_RESULTS}
-        with contextlib.closing(prefetch(stream_into(report), HEARTBEAT_SECONDS)) as updates:
+        with contextlib.closing(prefetch(stream_into(report, join_seconds), HEARTBEAT_SECONDS)) as updates:
             while not (run.is_stopped or report.is_end or report.failure):
                 update = next(updates)
                 if update:
@@ -649,21 +654,21 @@ def follow(run: Run, *settings: object) -> Iterator[dict[str, object]]:
         raise error from None
 
 
-def stream_into(report: Report) -> Generator[StreamUpdate | None]:
+def stream_into(report: Report, join_seconds: float = 0) -> Generator[StreamUpdate | None]:
     """Streams a video to its end. An error becomes the report's failure.
 
     Then it yields None: `report.folder` has the chunks until this generator is closed.
     """
     with tempfile.TemporaryDirectory(prefix="chunks-") as report.folder:
         try:
-            yield from stream_in_calls(report)
+            yield from stream_in_calls(report, join_seconds)
         except Exception as error:
             report.failure = user_facing_error(error)
         while True:
             yield None
 
 
-def stream_in_calls(report: Report) -> Generator[StreamUpdate]:
+def stream_in_calls(report: Report, join_seconds: float) -> Generator[StreamUpdate]:
     """On ZeroGPU, cached frames without a GPU, and the rest in as many calls as needed; elsewhere, a single call."""
     info, start, is_end, with_gpu = report.info, 0, False, not ON_ZEROGPU
     while not is_end:
@@ -675,7 +680,7 @@ def stream_in_calls(report: Report) -> Generator[StreamUpdate]:
         updates = stream(
             info.path, report.conf_threshold, report.classes, report.resolution, start=start,
             cached=dict(report.cached) if ON_ZEROGPU else report.cached,  # a copy: it is pickled while others add to it
-            folder=report.folder, budget_seconds=budget_seconds,
+            folder=report.folder, join_seconds=join_seconds, budget_seconds=budget_seconds,
         )  # fmt: skip
         with contextlib.closing(updates):
             for update in updates:
