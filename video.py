@@ -73,6 +73,7 @@ class VideoInfo:
     track: int  # of the video in the file
     has_audio: bool
     fps: Fraction  # exact, such as 30000/1001
+    frame_seconds: float  # 1 / fps
     pts_seconds: np.ndarray  # of each packet, float64, sorted
     start_seconds: float  # time of the first frame on the file's own clock
     header_start_seconds: float  # the same according to the header
@@ -84,14 +85,12 @@ class VideoInfo:
 def read_video_info(path: str | os.PathLike) -> VideoInfo:
     """Reads the timestamps of a video's packets, without decoding them.
 
-    The result is cached until the file changes: an hour of video takes seconds to read. Raises `VideoError` if the
-    file is not a video or exceeds a limit.
+    The result is cached until the file changes. Raises `VideoError` if it is not a video or exceeds a limit.
     """
-    path = os.fspath(path)
     if not os.path.isfile(path) or os.path.getsize(path) == 0:
         raise VideoError("This file is empty.")
     try:
-        return _read_packets(path, os.path.getmtime(path))
+        return _read_packets(os.fspath(path), os.path.getmtime(path))
     except av.FFmpegError as error:
         raise VideoError("This file is incomplete or not a video.") from error
 
@@ -124,6 +123,7 @@ def _read_packets(path: str, modified: float) -> VideoInfo:
             track=stream.index,
             has_audio=container.streams.best("audio") is not None,
             fps=fps,
+            frame_seconds=float(1 / fps),
             pts_seconds=(ticks - ticks[0]) * float(time_base),
             start_seconds=start_seconds,
             header_start_seconds=float((stream.start_time or 0) * time_base),
@@ -153,10 +153,8 @@ def _timestamps(container: av.container.InputContainer, stream: av.VideoStream) 
 
 
 def _frame_rate(ticks: np.ndarray, time_base: Fraction, header_rate: Fraction | None) -> Fraction:
-    """Frames per second of sorted, unique timestamps.
-
-    The header's rate is exact (30000/1001), but may be absurd (1000 or 90000 in browser recordings) or thinned by
-    long gaps (screen recordings). It counts only if the timestamps agree with it.
+    """Frames per second of sorted, unique timestamps. The header's rate counts only if they agree with it: it is exact
+    (30000/1001), but may be absurd (90000 in browser recordings) or thinned by long gaps (screen recordings).
     """
     rate, steps = header_rate or Fraction(25), np.diff(ticks)
     median = np.median(steps) if len(steps) else 0
@@ -185,17 +183,15 @@ def sample_frames(video: VideoInfo, output_fps: Fraction, scale: Fraction, start
     """Yields the frames of the output: frame i is the one that the source shows at `i / output_fps` seconds.
 
     A frame that the source shows for longer comes again, as the same object. Frames that are not needed are
-    decoded, but not converted. Ends early where the rest of the file cannot be decoded; raises `VideoError` if no
-    frame can be.
+    decoded, but not converted. Ends early where the rest cannot be decoded; raises `VideoError` if no frame can be.
 
     Args:
         output_fps: Frames per second of the output.
         scale: Width and height of the output relative to the source.
         start: The output frame to begin with.
     """
-    frame_seconds = float(1 / video.fps)
-    tolerance = frame_seconds / 2  # rounded timestamps (WebM has whole milliseconds) must not pick a neighbour
-    # For each frame of the source, the place in the output where it appears.
+    tolerance = video.frame_seconds / 2  # rounded timestamps (WebM has whole milliseconds) must not pick a neighbour
+    # Where in the output, counted in its frames, each frame of the source appears.
     places = (np.append(video.pts_seconds, np.inf) - tolerance) * float(output_fps)
     index, first_source_index, shown, image, size = start, 0, None, None, None
     if start:
@@ -217,32 +213,31 @@ def sample_frames(video: VideoInfo, output_fps: Fraction, scale: Fraction, start
         shown = Frame(resized, image.shape[1::-1], source_index, max(0.0, pts_seconds))
     if shown is None:
         raise VideoError("No frame of this video can be decoded.")
-    is_cut_off = pts_seconds < video.pts_seconds[-1] - 1.5 * frame_seconds
-    end_seconds = pts_seconds + frame_seconds if is_cut_off else video.duration_seconds
+    is_cut_off = pts_seconds < video.pts_seconds[-1] - 1.5 * video.frame_seconds
+    end_seconds = pts_seconds + video.frame_seconds if is_cut_off else video.duration_seconds
     while index == 0 or index < (end_seconds - tolerance) * output_fps:
         yield shown
         index += 1
 
 
 def _grab_frames(video: VideoInfo, start_seconds: float) -> Iterator[tuple[float, bool, Retrieve]]:
-    """Rising time in seconds, whether it is turned by 90 or 270 degrees, and upright BGR image of each frame.
+    """Every frame: its time in seconds, whether it is turned by 90 or 270 degrees, and how to get its BGR image.
 
     OpenCV cannot decode AV1, gives up on damaged packets, and cannot begin in mid-video; PyAV takes over there.
-    A frame whose timestamp is not later than the last one's comes one frame interval after it.
+    A frame whose timestamp is not later than the last one's comes one frame interval after it: times always rise.
     """
-    interval = float(1 / video.fps)
-    last_seconds = start_seconds - interval / 2
+    last_seconds = start_seconds - video.frame_seconds / 2
     for read in (_pyav_frames,) if start_seconds else (_opencv_frames, _pyav_frames):
         resume_after = last_seconds
         for pts_seconds, *frame in read(video, max(0.0, resume_after)):
-            if pts_seconds > resume_after + interval / 4:
-                last_seconds = pts_seconds if pts_seconds > last_seconds else last_seconds + interval
+            if pts_seconds > resume_after + video.frame_seconds / 4:
+                last_seconds = pts_seconds if pts_seconds > last_seconds else last_seconds + video.frame_seconds
                 yield last_seconds, *frame
-        if last_seconds > video.pts_seconds[-1] - interval / 2:
+        if last_seconds > video.pts_seconds[-1] - video.frame_seconds / 2:
             return
 
 
-def _opencv_frames(video: VideoInfo, _: float) -> Iterator[tuple[float, bool, Retrieve]]:
+def _opencv_frames(video: VideoInfo, _start_seconds: float) -> Iterator[tuple[float, bool, Retrieve]]:
     """Every frame that OpenCV decodes. An image must be retrieved before the next frame is grabbed."""
     capture = cv2.VideoCapture(video.path, cv2.CAP_FFMPEG)
     # OpenCV 5.0 writes beyond its memory if uncompressed BGR video has its last row first, as in Windows' AVI files.
@@ -264,8 +259,7 @@ def _pyav_frames(video: VideoInfo, start_seconds: float) -> Iterator[tuple[float
 
 def _decode(video: VideoInfo, kind: str, start_seconds: float) -> Iterator[tuple[float, av.frame.Frame]]:
     """Times in seconds and frames of the "video" or "audio" track, from `start_seconds` or some time before."""
-    interval = float(1 / video.fps)
-    seconds, has_begun = -interval, not start_seconds
+    seconds, has_begun = -video.frame_seconds, not start_seconds
     with _open(video.path) as container:
         stream = container.streams[video.track] if kind == "video" else container.streams.best("audio")
         stream.thread_type, stream.codec_context.thread_count = "AUTO", CPU_COUNT
@@ -273,7 +267,7 @@ def _decode(video: VideoInfo, kind: str, start_seconds: float) -> Iterator[tuple
             with contextlib.suppress(av.FFmpegError, TypeError):  # a bare stream has no time base
                 container.seek(round((video.start_seconds + start_seconds) / stream.time_base), stream=stream)
         for frame in _decode_packets(container, stream):
-            seconds = seconds + interval if frame.time is None else frame.time - video.start_seconds
+            seconds = seconds + video.frame_seconds if frame.time is None else frame.time - video.start_seconds
             if not has_begun and (frame.time is None or seconds > start_seconds + 1e-3):
                 break  # the seek went too far, or to an unknown place
             has_begun = True
@@ -283,6 +277,7 @@ def _decode(video: VideoInfo, kind: str, start_seconds: float) -> Iterator[tuple
 
 
 def _decode_packets(container: av.container.InputContainer, stream: av.stream.Stream) -> Iterator[av.frame.Frame]:
+    """What can be decoded of a track."""
     with contextlib.suppress(av.FFmpegError):  # the rest of the file cannot be read
         for packet in container.demux(stream):
             with contextlib.suppress(av.FFmpegError, ValueError):  # a damaged packet is left out
@@ -312,9 +307,8 @@ class AudioReader:
 
 
 def _audio_blocks(video: VideoInfo, start_seconds: float) -> Iterator[tuple[int, np.ndarray]]:
-    """Positions and samples of blocks of sound, int16 (samples, 2), from `start_seconds` or some time before.
-
-    A block is at the place of its timestamp, or right after the last one if the difference is only rounding.
+    """Positions and samples, int16 (samples, 2), of blocks of sound from `start_seconds` or some time before. A block is
+    at the place of its timestamp, or right after the last one if the difference is only rounding.
     """
     resampler = av.AudioResampler(format="s16", layout="stereo", rate=AUDIO_RATE)
     position, rounding = round(start_seconds * AUDIO_RATE), 0
@@ -324,20 +318,15 @@ def _audio_blocks(video: VideoInfo, start_seconds: float) -> Iterator[tuple[int,
                 if part.time is not None:
                     timed = round((part.time - video.start_seconds) * AUDIO_RATE)
                     position = timed if abs(timed - position) > rounding else position
-                samples = part.to_ndarray().reshape(-1, 2)
-                yield position, samples
-                position, rounding = position + len(samples), AUDIO_JUMP_SECONDS * AUDIO_RATE
+                yield position, part.to_ndarray().reshape(-1, 2)
+                position, rounding = position + part.samples, AUDIO_JUMP_SECONDS * AUDIO_RATE
 
 
 class ChunkWriter:
-    """Writes an mp4 file with H.264 video and, if there is sound, FLAC.
+    """Writes an mp4 file with H.264 video and, if there is sound, FLAC, in `folder` or the temporary folder.
 
-    Gradio then only remuxes the video. A lossless sound codec keeps exactly the given samples, so chunks join
-    without a gap; AAC would add its priming samples to each.
-
-    Args:
-        folder: Where to make the file; None for the system's temporary folder.
-        size: Width and height in pixels, even numbers.
+    `size` is width and height in pixels, even numbers. Gradio then only remuxes the video. A lossless sound codec
+    keeps exactly the given samples, so chunks join without a gap; AAC would add its priming samples to each.
     """
 
     def __init__(self, folder: str | None, size: tuple[int, int], fps: Fraction, has_audio: bool):
@@ -345,11 +334,11 @@ class ChunkWriter:
         os.close(handle)
         self._frames, self._samples = 0, 0
         self._container = container = av.open(self.path, "w", format="mp4")
-        # One key frame, at the start, is enough for a chunk. CRF 23 is x264's default quality.
+        # One key frame, at the start, is enough for a chunk. CRF 23 is x264's default quality. OpenCV converts BGR to
+        # BT.601 in limited range, whatever the source had.
         options = {"preset": "superfast", "coder": "vlc", "crf": "23", "g": "100000", "bf": "0"}
-        # OpenCV converts BGR to BT.601 in limited range, whatever the source had.
         options |= {"colorspace": "bt470bg", "color_range": "tv", "color_primaries": "bt709", "color_trc": "bt709"}
-        options |= {"threads": str(HELPER_THREADS)}
+        options["threads"] = str(HELPER_THREADS)
         self._video = container.add_stream("libx264", fps, options, width=size[0], height=size[1], pix_fmt="yuv420p")
         self._audio = container.add_stream("flac", AUDIO_RATE, layout="stereo", format="s16") if has_audio else None
 
