@@ -307,8 +307,8 @@ class AudioReader:
 
 
 def _audio_blocks(video: VideoInfo, start_seconds: float) -> Iterator[tuple[int, np.ndarray]]:
-    """Positions and samples, int16 (samples, 2), of blocks of sound from `start_seconds` or some time before. A block is
-    at the place of its timestamp, or right after the last one if the difference is only rounding.
+    """Positions and samples, int16 (samples, 2), of blocks of sound, from `start_seconds` or some time before.
+    A block is at the place of its timestamp, or right after the last one if the difference is only rounding.
     """
     resampler = av.AudioResampler(format="s16", layout="stereo", rate=AUDIO_RATE)
     position, rounding = round(start_seconds * AUDIO_RATE), 0
