@@ -245,12 +245,20 @@ def test_high_dynamic_range_does_not_fail(tmp_path):
 
 @pytest.mark.parametrize("disabled", ["_pyav_frames", "_opencv_frames"])
 @pytest.mark.parametrize("degrees", [90, 180, 270])
-def test_a_video_that_was_filmed_sideways_stands_upright_with_either_reader(degrees, disabled, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("size", "pixel_aspect", "output_size"),
+    [((96, 160), 1, {90: (48, 80), 180: (48, 80), 270: (48, 80)}),
+     ((96, 96), 2, {90: (48, 96), 180: (96, 48), 270: (48, 96)})],
+    ids=["square pixels", "wide pixels"],
+)  # fmt: skip
+def test_a_video_that_was_filmed_sideways_stands_upright_with_either_reader(
+    size, pixel_aspect, output_size, degrees, disabled, tmp_path, monkeypatch
+):
     """The stored picture is turned, and the metadata say how to turn it back."""
-    plain = Kind("plain", frames=10, size=(96, 160)).make(tmp_path)
+    plain = Kind("plain", frames=10, size=size).make(tmp_path)
     turn = {90: "transpose=2", 180: "hflip,vflip", 270: "transpose=1"}[degrees]
     stored, path = tmp_path / "stored.mp4", tmp_path / "sideways.mp4"
-    ffmpeg("-i", plain, "-vf", turn, "-c:v", "libx264", stored)
+    ffmpeg("-i", plain, "-vf", f"{turn},setsar={pixel_aspect}", "-c:v", "libx264", stored)
     with av.open(str(stored)) as source, av.open(str(path), "w") as target:
         track = target.add_stream_from_template(source.streams.video[0])
         track.set_display_rotation(360 - degrees)  # counter-clockwise
@@ -260,7 +268,7 @@ def test_a_video_that_was_filmed_sideways_stands_upright_with_either_reader(degr
                 target.mux(packet)
     monkeypatch.setattr(video, disabled, lambda *_: iter(()))
     output = play(path)
-    assert output.pictures[0].shape == (80, 48, 3)
+    assert output.pictures[0].shape == (*output_size[degrees][::-1], 3)
     assert numbers(output) == [0, 2, 4, 6, 8]
 
 
