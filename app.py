@@ -23,6 +23,7 @@ import time
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from copy import copy
 from fractions import Fraction
 from functools import lru_cache
 from inspect import unwrap
@@ -443,6 +444,7 @@ class GpuPace:
 
 
 GPU_PACE = GpuPace()
+TABLE_HEADERS = ["Class", "Most at once", "First (s)", "Last (s)"]
 COLUMNS = ["time_seconds", "frame", "label", "score", "x1", "y1", "x2", "y2"]
 
 
@@ -493,7 +495,10 @@ class Report:
         speed = self.seconds / elapsed if elapsed else 0.0
         if ended:
             progress = f"{ended}: {self.seconds:.1f} s of video in {elapsed:.1f} s"
-            progress += f", {sum(map(len, self._rows)):,} detections on {self._frames:,} frames"
+            found = sum(map(len, self._rows))
+            progress += f", {found:,} detections on {self._frames:,} frames"
+            if not found:
+                progress += f" · Nothing above {self.conf_threshold:g}. Try a lower threshold."
         elif self.waits_for_gpu:
             progress = f"Waiting for a GPU… · {self.seconds:.1f} of {total:.1f} s"
         elif not self.seconds:
@@ -509,7 +514,7 @@ class Report:
             columns=["class", "most", "first", "last"],
         )
         rows = points.groupby("class", as_index=False).agg({"most": "max", "first": "min", "last": "max"})
-        return rows.sort_values(["most", "class"], ascending=[False, True]).round(1)
+        return rows.sort_values(["most", "class"], ascending=[False, True]).round(1).set_axis(TABLE_HEADERS, axis=1)
 
     def plot(self) -> dict:
         """An update of the page's plot: the most at once of each class, over time.
@@ -533,7 +538,12 @@ class Report:
 
     def results(self) -> dict[str, object]:
         """Values for the page's components."""
-        return {"table": self.table(), "plot": self.plot()}
+        return {"table": self.table(), "plot": self.plot(), "progress": self.progress()}
+
+    def progress(self) -> str:
+        """A bar over the whole video, with the analysed part filled."""
+        bar = f'<progress value="{self.seconds:.1f}" max="{self.info.duration_seconds:.1f}"></progress>'
+        return f'{bar}<span class="hint">{"" if self.is_end else "Waiting for more…"}</span>'
 
     def detections(self) -> pd.DataFrame:
         """A row per detection, with the columns of the CSV file; boxes in pixels of the source."""
@@ -614,6 +624,12 @@ def stop_run(request: gr.Request) -> None:
         run.is_stopped = True
 
 
+# Updates of the page's components
+CLEARED = {"processed": gr.update(value=None), "table": None, "plot": gr.update(visible=False), "progress": ""}
+RUNNING = {"start": gr.update(interactive=False), "stop": gr.update(interactive=True), "files": None}
+IDLE = {"start": gr.update(interactive=True), "stop": gr.update(interactive=False)}
+
+
 def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dict[str, object]]:
     """A run from the queue to its end, as new values for the page: status, chunks, results so far, and then files.
 
@@ -629,16 +645,16 @@ def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dic
             yield {"status": f"Waiting for other visitors: position {position} in the queue."}
             time.sleep(HEARTBEAT_SECONDS)
         report = Report(*settings)
-        yield {"status": report.status(), **NO_RESULTS}
+        yield {"status": report.status(), "progress": report.progress()}
         with contextlib.closing(prefetch(stream_into(report, join_seconds), HEARTBEAT_SECONDS)) as updates:
             while not (run.is_stopped or report.is_end or report.failure):
                 update = next(updates)
                 if update:
                     report.add(update)
                     yield {"processed": update.chunk, **report.results()}
-                yield {"status": report.status()}
+                yield {"status": report.status(), "progress": report.progress()}
             ended = "Ended early" if report.failure else "Stopped" if run.is_stopped else "Done"
-            yield {"status": report.status(ended), **report.results()}
+            yield {"status": report.status(ended), **report.results(), **IDLE}
             report.warn_if_damaged()
             if report.chunks:
                 yield {"files": report.save()}
@@ -650,7 +666,8 @@ def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dic
             raise report.failure
     except Exception as error:
         error = user_facing_error(error)
-        yield {"status": error.message}
+        error.visible = error.print_exception = False  # the status line and the log have it
+        yield {"status": error.message, **IDLE}
         raise error from None
 
 
@@ -711,17 +728,21 @@ def user_facing_error(error: Exception) -> gr.Error:
 
 # ----------------------------------------------------------------------------------------------------------- page
 
-OUTPUTS = ("processed", "status", "table", "plot", "files")
-NO_RESULTS = {"table": None, "plot": gr.update(visible=False), "files": None}
+OUTPUTS = ("processed", "status", "table", "plot", "files", "progress", "start", "stop")
 
 
 def page_update(**values: object) -> tuple:
     """A value for each component in `OUTPUTS`; those that are not named stay as they are."""
-    return tuple(values.get(name, gr.skip()) for name in OUTPUTS)
+    return tuple(copy(values.get(name, gr.skip())) for name in OUTPUTS)  # copies, because Gradio empties updates
 
 
 def stream_to_page(
-    video: str | None, conf_threshold: float, classes: list[str], resolution: str, request: gr.Request
+    video: str | None,
+    conf_threshold: float,
+    classes: list[str],
+    resolution: str,
+    playhead_seconds: float,
+    request: gr.Request,
 ) -> Iterator[tuple]:
     """Detect objects on a video and watch them: the annotated video as an HLS stream, chunk by chunk.
 
@@ -730,11 +751,18 @@ def stream_to_page(
         conf_threshold: Detections with a score above this, 0 to 1, are drawn.
         classes: Names of the classes to draw; empty for all.
         resolution: "Half (fast)" (half the size, every second frame) or "Full".
+        playhead_seconds: Where the viewer is in the same video: cached frames up to there come at once. Negative for
+            another video.
     """
     with new_run(request.session_hash) as run:
         time.sleep(SETTLE_SECONDS)
-        cleared = {"processed": gr.update(value=None), "status": WELCOME, **NO_RESULTS}
-        for values in follow(run, video, conf_threshold, classes, resolution) if video else [cleared]:
+        if run.is_replaced:
+            return
+        if video is None:
+            yield page_update(status=WELCOME, **CLEARED, **IDLE, files=None)
+            return
+        yield page_update(**RUNNING, **(CLEARED if playhead_seconds < 0 else {}))
+        for values in follow(run, video, conf_threshold, classes, resolution, join_seconds=playhead_seconds):
             if run.is_replaced:
                 break
             yield page_update(**values)
@@ -778,29 +806,84 @@ class BlockScreenRecordingRoute:
 
 WEBCAM = gr.WebcamOptions(constraints={"video": {"width": {"ideal": 1280}, "height": {"ideal": 720}}})
 WELCOME = "Upload a video, record one, or click an example."
-# Gradio's slider reports each keystroke in its number box, even an empty box or a number out of range, which it then
-# refuses with an error over the player. Here, such a value never leaves the box. When the box loses the focus, the
-# number is clamped, and an empty box gets its last good one back.
+STREET_VIDEO = "https://github.com/intel-iot-devkit/sample-videos/raw/master/person-bicycle-car-detection.mp4"
 HEAD = """
 <script>
+const player = () => document.querySelector("#processed video");
+const seek = (seconds) => { if (player()) player().currentTime = seconds; };
+
+// A new stream begins at 0:00, and Gradio has no property for the playhead. After a change of the settings, the
+// playhead is sent with them, and the new stream goes on there.
+let left = null;  // the stream that was left: its address, and the second
+const startOver = (inputs) => {
+    left = null;
+    document.querySelector("#processed").scrollIntoView({behavior: "smooth", block: "nearest"});
+    return [...inputs.slice(0, 4), -1];
+};
+const goOn = (inputs) => {
+    const video = player();
+    if (!left && video && !video.ended) left = {src: video.currentSrc, seconds: video.currentTime};
+    return [...inputs.slice(0, 4), left?.seconds ?? 0];
+};
+const returnToPlace = ({target: video, type}) => {
+    if (!left || video !== player() || video.currentSrc === left.src) return;
+    if (video.seekable.length && video.seekable.end(0) > left.seconds) seek(left.seconds);
+    else if (type !== "ended") return;
+    left = null;
+};
+for (const type of ["canplay", "progress", "ended"]) document.addEventListener(type, returnToPlace, true);
+
+// Gradio's player does not say that it has caught up with the stream. Of an upload that the browser cannot play, it
+// says "Video not playable", which this app perhaps can, and shows controls with a duration of NaN.
+for (const type of ["waiting", "playing", "error", "loadedmetadata"]) document.addEventListener(type, (event) => {
+    if (event.target === player()) document.body.classList.toggle("stalled", type === "waiting");
+    else if (event.target.closest?.("#source")) {
+        document.body.classList.toggle("unplayable", type === "error");
+        if (type === "error") event.stopImmediatePropagation();
+    }
+}, true);
+
+// The select events of a table and a plot go through the server, and a plot's is for regions only.
+document.addEventListener("click", ({target, clientX}) => {
+    const cells = target.closest("#table [role=row]")?.querySelectorAll("[role=gridcell]");
+    const bar = document.querySelector("#progress progress");
+    const ruler = target === bar ? bar : target.closest("#plot") && document.querySelector("#plot .root .background");
+    if (cells?.length) seek(parseFloat(cells[cells.length - 2].innerText));
+    if (!ruler) return;
+    const {left, width} = ruler.getBoundingClientRect();
+    seek(Math.min(1, Math.max(0, (clientX - left) / width)) * bar.max);
+});
+
+// Gradio's slider reports each keystroke in its number box, even an empty box or a number out of range, which it then
+// refuses with an error over the player. Here, such a value never leaves the box. When the box loses the focus, the
+// number is clamped, and an empty box gets its last good one back.
 let lastGood;
-const checkNumberBox = (event) => {
+for (const type of ["focusin", "input", "focusout"]) document.addEventListener(type, (event) => {
     const box = event.target;
     if (!box.matches?.("#threshold input[type=number]")) return;
-    const isGood = box.value && +box.value >= +box.min && +box.value <= +box.max;
-    if (isGood) lastGood = box.value;
-    else if (event.type === "input") event.stopImmediatePropagation();
-    else if (event.type === "focusout") {
+    if (box.value && +box.value >= +box.min && +box.value <= +box.max) lastGood = box.value;
+    else if (type === "input") event.stopImmediatePropagation();
+    else if (type === "focusout") {
         box.value = box.value ? Math.min(box.max, Math.max(box.min, box.value)) : lastGood;
         box.dispatchEvent(new Event("input", {bubbles: true}));
     }
-};
-for (const type of ["focusin", "input", "focusout"]) document.addEventListener(type, checkNumberBox, true);
+}, true);
 </script>
 """
+NAME_EXAMPLES = """() => document.querySelectorAll(".gallery-item").forEach((button) =>
+    button.setAttribute("aria-label", button.querySelector("video").src.split("/").pop()))"""
 CSS = """
 #source video { max-height: clamp(180px, 28vw, 430px); object-fit: contain; }
-#files .label-clear-button { display: none; }
+.unplayable #source .controls, #files .label-clear-button { display: none; }
+#threshold input[type=range]:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 4px; }
+#progress { min-height: 48px; }
+#progress progress { width: 100%; height: 8px; appearance: none; border: none; border-radius: 4px; cursor: pointer; }
+#progress progress, ::-webkit-progress-bar { background: var(--neutral-300); border-radius: 4px; }
+#progress ::-webkit-progress-value { background: var(--color-accent); border-radius: 4px; }
+#progress ::-moz-progress-bar { background: var(--color-accent); border-radius: 4px; }
+#progress .hint { visibility: hidden; }
+.stalled #progress .hint { visibility: visible; }
+#table [role=row], #plot svg { cursor: pointer; }
 @media (max-width: 700px) {  /* one column: source, player, status, settings, results */
     #columns { flex-direction: column; }
     #columns > .column { display: contents; }
@@ -811,7 +894,7 @@ CSS = """
 
 
 def build_page() -> gr.Blocks:
-    with gr.Blocks(title="Video object detection with RT-DETR", delete_cache=(3600, 86400)) as page:
+    with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 86400)) as page:
         intro = "Upload a video and watch what RT-DETR finds in it."
         gr.Markdown(f"# Streaming video object detection\n{intro} <small>Model: {DETECTOR.name}</small>")
         if MODEL_NOTE:
@@ -820,6 +903,11 @@ def build_page() -> gr.Blocks:
             with gr.Column():
                 # With `include_audio=False`, Gradio would hand each upload, unchecked, to ffmpeg.
                 source = gr.Video(label="Video source", include_audio=True, webcam_options=WEBCAM, elem_id="source")
+                if "person" in DETECTOR.id2label.values():
+                    gr.Markdown(
+                        f"The model knows people, vehicles, animals and things, but not the shapes in these examples. "
+                        f"No video at hand? Try this [street]({STREET_VIDEO})."
+                    )
                 gr.Examples(sorted(map(str, EXAMPLES.glob("*.mp4"))), inputs=source)
                 with gr.Column(elem_id="settings"):
                     conf_threshold = gr.Slider(
@@ -838,34 +926,46 @@ def build_page() -> gr.Blocks:
                 processed = gr.Video(
                     label="Detections", streaming=True, autoplay=True, buttons=[], height=height, elem_id="processed"
                 )
+                progress = gr.HTML(elem_id="progress")
                 status = gr.Markdown(WELCOME, elem_id="status")
                 with gr.Row():
-                    start, stop = gr.Button("Run again"), gr.Button("Stop")
+                    start, stop = gr.Button("Run again", interactive=False), gr.Button("Stop", interactive=False)
                 with gr.Column(elem_id="results"):
-                    headers = ["Class", "Max at once", "First (s)", "Last (s)"]
                     widths = ["31%", "27%", "21%", "21%"]
                     table = gr.Dataframe(
-                        headers=headers, column_widths=widths, label="Objects found", interactive=False, elem_id="table"
-                    )
+                        headers=TABLE_HEADERS, column_widths=widths, label="Objects found", interactive=False,
+                        elem_id="table",
+                    )  # fmt: skip
                     plot = gr.LinePlot(
-                        x="second", y="count", color="class", x_title="Seconds", y_title="Max at once",
+                        x="second", y="count", color="class", x_title="Seconds", y_title="Most at once",
                         y_axis_format="d", height=240, visible=False, elem_id="plot",
                     )  # fmt: skip
-                    files = gr.File(label="Results", file_count="multiple", interactive=False, elem_id="files")
+                    files = gr.File(
+                        label="Results, ready when the run has ended",
+                        file_count="multiple",
+                        interactive=False,
+                        height=190,
+                        elem_id="files",
+                    )
 
         settings = [source, conf_threshold, classes, resolution]
-        changes = [source.change, conf_threshold.change, classes.change, resolution.change, start.click]
+        playhead_seconds = gr.Number(0, visible=False, label="Playhead (s)")
+        stream = {
+            "fn": stream_to_page,
+            "inputs": [*settings, playhead_seconds],
+            "outputs": [processed, status, table, plot, files, progress, start, stop],
+            "trigger_mode": "multiple",  # a new run replaces the one before
+            "concurrency_limit": None,  # runs have a queue of their own
+            "show_progress": "hidden",
+        }
         gr.on(
-            changes,
-            stream_to_page,
-            settings,
-            [processed, status, table, plot, files],
-            trigger_mode="multiple",  # a new run replaces the one before
-            concurrency_limit=None,  # runs have a queue of their own
-            show_progress_on=[processed],
+            [source.change, start.click], **stream, js="(...inputs) => startOver(inputs)",
             api_name="stream_object_detection",
-        )
+        )  # fmt: skip
+        changes = [conf_threshold.change, classes.change, resolution.change]
+        gr.on(changes, **stream, js="(...inputs) => goOn(inputs)", api_visibility="private")
         stop.click(stop_run, queue=False, show_progress="hidden", api_visibility="private")
+        page.load(None, js=NAME_EXAMPLES)
         outputs = [gr.Video(visible=False), gr.JSON(visible=False)]
         gr.Button(visible=False).click(detect_video, settings, outputs, concurrency_limit=None, api_name="detect_video")
     return page
