@@ -46,7 +46,8 @@ class Visitor:
 
     def __init__(self, server, path, threshold=0.3, endpoint="stream_object_detection"):
         self.url = f"{server}/gradio_api/call/{endpoint}"
-        data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, threshold, [], "Half (fast)"]
+        data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, threshold, [], "Half (fast)", "Every frame", True]
+        data += [-1] if endpoint == "stream_object_detection" else []
         request = urllib.request.Request(
             self.url, json.dumps({"data": data}).encode(), {"Content-Type": "application/json"}
         )
@@ -150,7 +151,7 @@ def request_of(session):
 
 def watch(session, path, lines):
     """A run of one session on the page; collects its status lines."""
-    for _, status, *_ in app.stream_to_page(str(path), 0.3, [], app.HALF, request_of(session)):
+    for _, status, *_ in app.stream_to_page(str(path), 0.3, [], app.HALF, "Every frame", True, -1, request_of(session)):
         if isinstance(status, str):
             lines.append(status)
 

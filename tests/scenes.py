@@ -1,0 +1,144 @@
+"""Short videos of moving shapes whose every object is known, for the tests of tracking and of filled gaps.
+
+An object keeps its number in one shot while it is out of sight for at most a second. Whoever is away longer, or comes
+after a cut, is a new object.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import shapes
+
+WIDTH, HEIGHT, FPS, SECONDS = 480, 270, 12, 8
+KINDS = ("bounces", "crossings", "occlusions", "visits", "cut", "ordinary")
+FASTEST = WIDTH / 3  # pixels a second: ordinary speeds end here
+LONGEST_GAP_SECONDS = 1.0
+POST = np.array([(225, -1), (255, -1), (255, HEIGHT + 1), (225, HEIGHT + 1)], np.float32)  # hides what passes behind it
+
+
+class SceneFrame(NamedTuple):
+    """One output frame and what is to be seen in it."""
+
+    image: np.ndarray  # uint8 (height, width, 3), BGR
+    truth: np.ndarray  # float64 (N, 6): box (xyxy, relative to the frame, 0 to 1), label number, object number
+    shot: int  # from 0
+
+
+class Shape(NamedTuple):
+    """A shape that moves; later ones cover earlier ones."""
+
+    kind: str
+    size_px: float
+    colour: np.ndarray
+    pose: Callable[[float], shapes.Pose]  # of the time in seconds
+
+    def outline(self, seconds: float) -> np.ndarray:
+        x, y, angle = self.pose(seconds)
+        return shapes.outline(self.kind, (x, y), self.size_px, angle)
+
+
+def render(kind: str, seed: int, fps: float = FPS, seconds: float = SECONDS) -> list[SceneFrame]:
+    """A video of one of `KINDS` with three to six shapes; the same for the same seed."""
+    rng = np.random.default_rng((seed, KINDS.index(kind)))
+    shots = [new_shot(rng, kind) for _ in range(2 if kind == "cut" else 1)]
+    frames, numbers, last_seen, new_number = [], {}, {}, itertools.count(1)
+    for time in np.arange(round(seconds * fps)) / fps:
+        shot = int(time / seconds * len(shots))
+        backdrop, cast = shots[shot]
+        image, outlines = backdrop(time, WIDTH, HEIGHT), [shape.outline(time) for shape in cast]
+        for shape, corners in zip(cast, outlines, strict=True):
+            shapes.paint(image, corners, shape.colour)
+        if kind == "occlusions":
+            shapes.paint(image, POST, np.array([90, 90, 90]))
+            outlines.append(POST)
+        shares, truth = shapes.visible_shares(outlines, WIDTH, HEIGHT), []
+        for index, shape in enumerate(cast):
+            if shares[index] >= shapes.MIN_VISIBLE:
+                if time - last_seen.get((shot, index), -math.inf) > LONGEST_GAP_SECONDS:
+                    numbers[shot, index] = next(new_number)
+                last_seen[shot, index] = time
+                box = shapes.clipped_box(outlines[index], WIDTH, HEIGHT) / (WIDTH, HEIGHT, WIDTH, HEIGHT)
+                truth.append((*box, shapes.LABELS.index(shape.kind), numbers[shot, index]))
+        jpeg = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 70])[1]  # scores flicker, as in life
+        frames.append(SceneFrame(cv2.imdecode(jpeg, cv2.IMREAD_COLOR), np.array(truth).reshape(-1, 6), shot))
+    return frames
+
+
+def new_shot(rng: np.random.Generator, kind: str) -> tuple[Callable[[float], np.ndarray], list[Shape]]:
+    """What is behind, RGB by the time in seconds, and the shapes in front of it.
+
+    "ordinary" looks like the example videos; the others are harder: any background, and two of each kind of shape.
+    """
+    if kind == "ordinary":
+        backdrop = (shapes.night, shapes.awnings)[rng.integers(2)]
+        colours = rng.permutation([shapes.CORAL, shapes.AMBER, shapes.MINT, shapes.SKY, shapes.LILAC, shapes.CREAM])
+        names = rng.permutation(shapes.LABELS)[: rng.integers(3, 5)]
+    else:
+        still = shapes.background(rng, WIDTH, HEIGHT)
+        names = rng.choice(shapes.LABELS, rng.integers(2, 4), replace=False).repeat(2)
+        colours = [shapes.contrasting_colour(rng, still) for _ in names]
+        backdrop = lambda *_: still.copy()  # noqa: E731
+    cast = []
+    for index, (name, colour) in enumerate(zip(names, colours, strict=False)):
+        size = rng.uniform(0.18, 0.36) * HEIGHT
+        cast.append(Shape(name, size, colour, path(rng, kind, name, size, index)))
+    return backdrop, cast
+
+
+def path(rng: np.random.Generator, kind: str, name: str, size: float, index: int) -> Callable[[float], shapes.Pose]:
+    """Straight on, and back at the walls: those of the picture, or of a room that is wider ("visits"). Some circle.
+
+    In "crossings", shapes of the same kind meet: one comes from the left, one from the right, on nearly the same line.
+    """
+    x, y, angle = rng.uniform(0, WIDTH), rng.uniform(0, HEIGHT), rng.uniform(0, math.pi)
+    slowest = 0.5 if kind == "occlusions" else 0.2  # so that an occlusion is short
+    speed, way = rng.uniform(slowest, 1) * FASTEST, rng.uniform(0, 2 * math.pi)
+    if kind in ("crossings", "occlusions"):
+        way = rng.uniform(-0.3, 0.3) + math.pi * (index % 2)
+    if kind == "crossings":
+        x, y = (0, WIDTH)[index % 2], HEIGHT * (0.25 + 0.25 * (index // 2) + rng.uniform(-0.08, 0.08))
+    velocity = speed * math.cos(way), speed * math.sin(way), rng.uniform(-1.5, 1.5)
+    if kind == "ordinary" and index % 2:
+        radius, spin = 0.28 * HEIGHT, rng.uniform(-0.2, 0.2)
+        centre = rng.uniform(0.25, 0.75) * WIDTH, HEIGHT / 2
+        return shapes.circle(centre, (radius, radius), rng.uniform(), speed / (2 * math.pi * radius), spin)[0]
+    margin = rng.choice((0.25, 1.0)) * size + size if kind == "visits" else 0
+    room = (WIDTH + 2 * margin, HEIGHT)
+    pose = shapes.bounce(name, size, (x + margin, y, angle), velocity, room)[0]
+    return lambda seconds: (pose(seconds)[0] - margin, *pose(seconds)[1:])
+
+
+Detector = Callable[[list[np.ndarray]], list[np.ndarray]]
+
+
+def render_and_detect(
+    detector: Detector, kind: str, seed: int, fps: float = FPS, seconds: float = SECONDS
+) -> tuple[list[SceneFrame], list[np.ndarray]]:
+    """A video and what a detector finds on each of its frames."""
+    frames = render(kind, seed, fps, seconds)
+    images = [frame.image for frame in frames]
+    batches = (detector(images[start : start + 16]) for start in range(0, len(images), 16))
+    return frames, list(itertools.chain.from_iterable(batches))
+
+
+def overlaps(detections: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Intersection over union (N, M) of the boxes of detections (N, 6) and truth (M, 5 or more), 0 between classes."""
+    result = np.array([shapes.overlap(box, truth[:, :4]) for box in detections[:, :4]]).reshape(-1, len(truth))
+    return result * (detections[:, None, 5] == truth[:, 4])
+
+
+def match(detections: np.ndarray, truth: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs of indices, one to one, best score first: same class, overlap of 0.5 or more."""
+    free, table, pairs = np.ones(len(truth), bool), overlaps(detections, truth), []
+    for i in np.argsort(-detections[:, 4], kind="stable"):
+        if (table[i] * free).max(initial=0) >= 0.5:
+            j = int((table[i] * free).argmax())
+            free[j] = False
+            pairs.append((int(i), j))
+    return pairs
