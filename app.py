@@ -355,10 +355,13 @@ def stream_object_detection(
         batches = prefetch(read_batches(sample_frames(info, fps, scale, start), chunk_frames, start, step))
         deadline = began + budget_seconds - GPU_RESERVE_SECONDS
 
+        def write_sound() -> None:
+            if audio and len(samples := audio.read_until(index / fps)):
+                writer.write_audio(samples)
+
         def finish_chunk(is_end: bool) -> StreamUpdate:
             nonlocal writer, found
-            if audio:
-                writer.write_audio(audio.read_until(index / fps))
+            write_sound()
             update = StreamUpdate(writer.close(), found, index, time.monotonic() - began, is_end, tracker)
             writer, found = None, []
             return update
@@ -383,8 +386,8 @@ def stream_object_detection(
                     is_joined = batch.is_cached and index / fps <= join_seconds
                     if is_end or (index % chunk_frames == 0 and not is_joined):
                         yield finish_chunk(is_end)
-                if audio and writer:  # batch by batch, because a joined chunk may be long
-                    writer.write_audio(audio.read_until(index / fps))
+                if writer:
+                    write_sound()  # batch by batch, because a joined chunk may be long
         if writer:  # the budget is used up in mid-chunk
             yield finish_chunk(is_end=False)
     except Exception as error:

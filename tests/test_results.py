@@ -158,7 +158,8 @@ def test_the_table_and_the_plot_tell_the_same_story_as_the_truth(report):
     assert set(truth) <= set(table)
     counts = report.plot()["value"]
     for name in truth:
-        most, first, last = table[name]
+        objects, most, first, last = table[name]
+        assert objects >= most >= 1
         assert 0 <= first <= last <= report.info.duration_seconds
         assert counts[counts["class"] == name]["count"].max() == most
 

@@ -176,7 +176,8 @@ def outline_is_near(picture, box, color, tolerance=3):
 
 def first_chunk(folder, conf_threshold, classes=()):
     """The first two seconds of the example: decoded pictures (N, H, W, 3), and the model's detections."""
-    with closing(app.stream_object_detection(str(EXAMPLE), conf_threshold, classes, folder=str(folder))) as updates:
+    updates = app.stream_object_detection(str(EXAMPLE), conf_threshold, classes, tracks=False, folder=str(folder))
+    with closing(updates):
         update = next(updates)
     return np.array(read_chunks([update.chunk]).pictures).astype(int), [f.detections for f in update.frames]
 

@@ -29,7 +29,7 @@ def test_eight_clients_at_once_get_each_what_they_get_alone(server, tmp_path):
 
     def visit(job):
         path, threshold, resolution = job
-        return ask_for_whole_video(Client(server, verbose=False), path, threshold, [], resolution)
+        return ask_for_whole_video(Client(server, verbose=False), path, threshold, [], resolution, "Every frame")
 
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(visit, jobs, timeout=200))
