@@ -25,9 +25,9 @@ def video(tmp_path):
     return str(Kind("fresh", frames=82, audio=()).make(tmp_path))
 
 
-def run(video, conf_threshold=0.3, classes=(), resolution=app.HALF, save_to=None):
+def run(video, conf_threshold=0.3, classes=(), resolution=app.HALF, save_to=None, analysed="Every frame"):
     """The report of a whole run, as the page makes it. Its files are copied to the folder `save_to`."""
-    report = app.Report(video, conf_threshold, classes, resolution)
+    report = app.Report(video, conf_threshold, classes, resolution, analysed)
     with closing(app.stream_into(report)) as updates:
         while not report.is_end and not report.failure:
             if update := next(updates):

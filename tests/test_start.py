@@ -34,7 +34,7 @@ def test_without_a_network_the_shipped_detector_starts_and_says_so(tmp_path):
     source, first_label, note = result.stdout.strip().splitlines()[-1].split("|")
     assert source == app.SHIPPED_MODEL.name
     assert first_label == "circle"
-    for words in (app.DEFAULT_MODEL_ID, "is unavailable", "circle, square, triangle", "MODEL_ID"):
+    for words in (app.DEFAULT_CPU_MODEL_ID, "is unavailable", "circle, square, triangle", "MODEL_ID"):
         assert words in note
         assert words in result.stderr
     assert len(result.stderr.splitlines()) < 6, result.stderr  # no pages of retries

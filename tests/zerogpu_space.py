@@ -299,7 +299,7 @@ def forks(video: str, platform: Platform) -> dict:
 
 
 def main() -> None:
-    assert app.ON_ZEROGPU and app.DETECTOR.device.type == "cpu"
+    assert app.ON_ZEROGPU and app.DEVICE.type == "cpu"
     app.DETECTOR.batch_frames, app.DETECTOR._passes_at_once = 4, 1  # as on a GPU
     video = str(Kind("lent", frames=122, muxer=("-movflags", "+faststart")).make(FOLDER))  # 61 frames, three chunks
     short = str(Kind("short", frames=8, size=(640, 384)).make(FOLDER))

@@ -1,0 +1,179 @@
+"""On a slow device every n-th frame is analysed: how n is chosen, what is drawn, what is reported, what is kept."""
+
+import contextlib
+import time
+
+import cv2
+import numpy as np
+import pytest
+import shapes
+from test_results import run
+from test_streaming import count_passes
+from videos import Kind, read_chunks, read_number
+
+import app
+from video import ChunkWriter
+
+EXAMPLE = str(app.EXAMPLES / "bouncing-shapes.mp4")
+KEEP_UP, EVERY = app.ANALYSED
+
+
+@pytest.fixture
+def video(tmp_path):
+    """A video that no other test has seen: 75 output frames at 15 frames a second, in three chunks."""
+    return str(Kind("slow", frames=150, audio=()).make(tmp_path))
+
+
+@pytest.fixture
+def slow_device(monkeypatch):
+    """A model that takes 0.25 s for a frame, as far as the app knows."""
+    monkeypatch.setattr(app.DETECTOR, "seconds_per_frame", 0.25)
+
+
+def keep_up(video, conf_threshold=0.3):
+    return run(video, conf_threshold, analysed=KEEP_UP)
+
+
+@pytest.mark.parametrize(
+    ("seconds_per_frame", "rate", "step"),
+    [(0, 30, 1), (0.005, 30, 1), (0.06, 30, 2), (0.22, 30, 5), (5, 30, 7), (5, 25, 6), (5, 60, 15), (5, 2, 1)],
+)
+def test_as_many_frames_are_analysed_as_keep_up_but_two_a_second_at_least(
+    seconds_per_frame, rate, step, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(app.DETECTOR, "seconds_per_frame", seconds_per_frame)
+    path = str(Kind("rate", rate=rate, frames=6, audio=()).make(tmp_path))
+    assert app.step_to_keep_up(path, 0.0, app.HALF) == step
+    assert step * 2 <= max(2, rate / 2)
+
+
+def test_visitors_share_the_model(video, tmp_path, monkeypatch, slow_device):
+    monkeypatch.setattr(app.DETECTOR, "seconds_per_frame", 0.05)
+    assert app.step_to_keep_up(video, 1.0, app.HALF) == 1
+    with app.new_run("a"), app.new_run("b"), app.new_run("c"):
+        assert app.step_to_keep_up(video, 2.0, app.HALF) == 3
+
+
+def test_an_analysed_frame_is_known_after_the_end_of_each_chunk(video, slow_device, monkeypatch):
+    passes = count_passes(monkeypatch)
+    report = keep_up(video)
+    assert report.step == 5
+    assert sorted(report.cached) == [*range(0, 150, 10), 148]
+    assert sum(passes) == 16
+    assert report.output_frames == 75
+
+
+def test_only_what_the_model_found_is_reported(slow_device, tmp_path):
+    report = keep_up(EXAMPLE)
+    assert set(report.detections()["frame"]) <= set(report.cached)
+    assert len(report.cached) < 30
+    assert f"analysing every {report.step}th frame" in report.status("Done")
+
+
+def test_from_keep_up_to_every_frame_only_the_rest_is_analysed_and_nothing_on_the_way_back(
+    video, slow_device, monkeypatch
+):
+    passes = count_passes(monkeypatch)
+    keep_up(video)
+    assert sum(passes) == 16
+    keep_up(video, conf_threshold=0.6)
+    assert sum(passes) == 16, "another threshold needs no pass"
+    run(video, analysed=EVERY)
+    assert sum(passes) == 75
+    keep_up(video)
+    assert sum(passes) == 75
+
+
+def test_a_faster_device_later_does_not_cost_a_pass(video, slow_device, monkeypatch):
+    keep_up(video)
+    monkeypatch.setattr(app.DETECTOR, "seconds_per_frame", 0.1)
+    passes = count_passes(monkeypatch)
+    keep_up(video)
+    assert not passes
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 9])
+def test_a_video_that_is_shorter_than_a_step_is_shown_whole(frames, tmp_path):
+    path = str(Kind("short", frames=frames, audio=()).make(tmp_path))
+    updates = list(app.stream_object_detection(path, 1.0, step=7, folder=str(tmp_path)))
+    shown = [read_number(picture) for picture in read_chunks([update.chunk for update in updates]).pictures]
+    assert shown == list(range(0, frames, 2))
+    assert updates[-1].is_end
+
+
+@pytest.mark.parametrize("step", [2, 4, 7])
+def test_every_frame_of_a_variable_rate_is_shown_in_its_time(step, tmp_path):
+    times = [0, 0.04, 0.08, 0.5, 0.54, 0.58, 1.9, 1.94, 2.5, 2.54, 2.58, 2.62]
+    path = str(Kind("variable", times=times, audio=()).make(tmp_path))
+    chunks = [
+        [update.chunk for update in app.stream_object_detection(path, 1.0, step=n, folder=str(tmp_path))]
+        for n in (1, step)
+    ]
+    every, some = ([read_number(picture) for picture in read_chunks(paths).pictures] for paths in chunks)
+    assert some == every
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """A list that gets the objects of each drawn frame."""
+    objects, draw = [], app.draw
+    monkeypatch.setattr(app, "draw", lambda image, found, trails: objects.append(found) or draw(image, found, trails))
+    return objects
+
+
+def test_boxes_glide_between_analysed_frames(drawn, tmp_path):
+    for _ in app.stream_object_detection(EXAMPLE, 0.5, step=6, folder=str(tmp_path)):
+        pass
+    (square,) = (number for number, label in app.DETECTOR.id2label.items() if label == "square")
+    lefts = [frame[(frame[:, 5] == square) & (frame[:, 6] == 1)][:, 0] for frame in drawn[1:7]]
+    moves = np.diff([float(left[0]) for left in lefts])
+    assert np.abs(moves).min() > 0.0005
+    np.testing.assert_allclose(moves, moves[0], atol=0.0005)
+
+
+def test_no_box_crosses_a_cut(drawn, tmp_path):
+    """The first half shows the upper part of a scene, the second half another one."""
+    writer = ChunkWriter(str(tmp_path), (320, 180), 30, has_audio=False)
+    for name in ("bouncing-shapes", "circling-shapes"):
+        for index in range(50):
+            image = np.ascontiguousarray(shapes.example_frame(name, index)[:, :, ::-1])
+            writer.write(cv2.resize(image, (320, 180)))
+    for _ in app.stream_object_detection(writer.close(), 0.5, resolution="Full", step=7, folder=str(tmp_path)):
+        pass
+    before, after = (
+        {(label, number) for frame in part for label, number in frame[:, 5:] if number}
+        for part in (drawn[:50], drawn[50:])
+    )
+    assert before and after
+    assert not before & after
+    assert all(len(frame) for frame in drawn[44:56]), "there are boxes up to the cut, and from it on"
+
+
+def test_stop_in_mid_chunk_answers_at_once_and_keeps_the_chunks_before(video, slow_device, monkeypatch):
+    forward = app.DETECTOR.model.forward
+
+    def slow(**inputs):
+        time.sleep(0.3)
+        return forward(**inputs)
+
+    monkeypatch.setattr(app.DETECTOR.model, "forward", slow)
+    monkeypatch.setattr(app.DETECTOR, "batch_frames", 2)
+    with (
+        app.new_run("a visitor") as current,
+        contextlib.closing(app.follow(current, video, 0.3, [], app.HALF)) as values,
+    ):
+        for value in values:
+            if "processed" in value:
+                current.is_stopped, stopped_at = True, time.monotonic()
+            if "Stopped" in value.get("status", ""):
+                assert time.monotonic() - stopped_at < 0.5
+                assert value["status"].startswith("Stopped: 2.0 s of video")
+                break
+        assert next(values)["files"]
+
+
+def test_the_status_counts_the_frames_of_the_first_chunk(video, slow_device):
+    report = app.Report(video, 0.3, [], app.HALF)
+    assert report.status().startswith("First chunk: 0 of 7 frames")
+    report.cached.update({index: np.zeros((0, 6)) for index in (0, 10, 20)})
+    assert report.status().startswith("First chunk: 3 of 7 frames, 0 s left")
