@@ -287,7 +287,7 @@ class StreamUpdate(NamedTuple):
     """What `stream_object_detection` yields."""
 
     chunk: str  # path of an mp4 file (H.264, FLAC), which the caller removes
-    frames: list[FrameDetections]  # analysed frames that begin in this chunk
+    frames: list[FrameDetections]  # analysed since the last update
     output_frames: int  # how many the output has, counted from the beginning of the video
     gpu_seconds: float  # since the call began
     is_end: bool  # of the video
@@ -295,16 +295,16 @@ class StreamUpdate(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Consecutive frames of the output that are detected together."""
+    """Consecutive frames of the output that are detected together. `detect_batches` adds what has a default."""
 
     frames: list[Frame]
     start: int  # output index of the first one
     is_end: bool  # of the video
-    # `detect_batches` adds, for each frame:
-    detections: Sequence[np.ndarray] = ()
-    analysed: Sequence[bool] = ()  # are the detections the model's?
-    cuts: Sequence[bool] = ()  # does a shot begin with it?
-    is_cached: bool = False  # were all analysed before?
+    detections: Sequence[np.ndarray] = ()  # on each frame
+    analysed: Sequence[bool] = ()  # whether they are the model's
+    cuts: Sequence[bool] = ()  # whether a shot begins with the frame
+    is_cached: bool = False  # whether no frame needed the model
+    previous: Frame | None = None  # the last frame of the batch before
 
 
 @spaces.GPU(duration=lambda *_, budget_seconds=GPU_SECONDS, **__: budget_seconds)
@@ -346,14 +346,13 @@ def stream_object_detection(
         gr.Error: If the file is not a video that can be decoded.
     """
     began, cached = time.monotonic(), {} if cached is None else cached
-    writer, shown, index, found = None, None, start, []
+    writer, index, found = None, start, []
     try:
         info = read_video_info(video)
         scale, fps = RESOLUTIONS[resolution].scale, info.fps / RESOLUTIONS[resolution].step
         chunk_frames = max(1, round(CHUNK_SECONDS * fps))
         tracker = tracker or ObjectTracker(fps)
         audio = AudioReader(info, start / fps) if info.has_audio else None
-        batches = prefetch(read_batches(sample_frames(info, fps, scale, start), chunk_frames, start, step))
         deadline = began + budget_seconds - GPU_RESERVE_SECONDS
 
         def write_sound() -> None:
@@ -367,22 +366,16 @@ def stream_object_detection(
             writer, found = None, []
             return update
 
+        batches = prefetch(read_batches(sample_frames(info, fps, scale, start), chunk_frames, start, step))
         with contextlib.closing(prefetch(detect_batches(batches, cached, step, deadline))) as detected:
             load_font()  # while the first frames are being read and detected
             for batch in detected:
                 selected = [select(detections, conf_threshold, classes) for detections in batch.detections]
-                tracked = tracker.update(selected, batch.cuts)
-                frames = zip(batch.frames, batch.detections, batch.analysed, tracked, strict=True)
-                for frame, detections, is_analysed, objects in frames:
-                    if frame is not shown:  # it comes again if the source shows it for longer
-                        shown, trails = frame, tracker.trails(objects, index)
-                        draw(frame.image, objects, trails if tracks else None)
-                        if is_analysed:
-                            place = (frame.source_index, frame.pts_seconds, frame.source_size)
-                            found.append(FrameDetections(*place, detections, objects))
+                objects = tracker.update(selected, batch.cuts)
+                found += draw_batch(batch, objects, tracker, tracks)
+                for index, frame in enumerate(batch.frames, batch.start + 1):
                     writer = writer or ChunkWriter(folder, frame.image.shape[1::-1], fps, bool(audio))
                     writer.write(frame.image)
-                    index += 1
                     is_end = batch.is_end and index == batch.start + len(batch.frames)
                     is_joined = batch.is_cached and index / fps <= join_seconds
                     if is_end or (index % chunk_frames == 0 and not is_joined):
@@ -427,7 +420,7 @@ def detect_batches(
 
     Ends where the model is needed after `deadline`, a time of `time.monotonic`.
     """
-    find_cut, before = CutFinder(), None
+    find_cut, before, previous = CutFinder(), None, None
     with contextlib.closing(batches):
         for batch in batches:
             due = [*batch.frames[-batch.start % step :: step], batch.frames[-1]]
@@ -439,8 +432,8 @@ def detect_batches(
             cuts = [find_cut(frame.image) for frame in batch.frames]
             known = [cached.get(frame.source_index) for frame in batch.frames]
             detections, analysed = fill_gaps([before, *known], cuts), [found is not None for found in known]
-            yield Batch(*batch[:3], detections, analysed, cuts, is_cached=not new)
-            before = detections[-1]
+            yield Batch(*batch[:3], detections, analysed, cuts, is_cached=not new, previous=previous)
+            before, previous = detections[-1], batch.frames[-1]
 
 
 def select(detections: np.ndarray, conf_threshold: float, classes: Sequence[str]) -> np.ndarray:
@@ -450,6 +443,22 @@ def select(detections: np.ndarray, conf_threshold: float, classes: Sequence[str]
         numbers = [number for number, label in DETECTOR.id2label.items() if label in classes]
         selected = selected[np.isin(selected[:, 5], numbers)]
     return selected
+
+
+def draw_batch(
+    batch: Batch, objects: Sequence[np.ndarray], tracker: ObjectTracker, tracks: bool
+) -> list[FrameDetections]:
+    """Draws the objects of each frame, (N, 7), and returns what is to be reported of the analysed ones."""
+    found, previous = [], batch.previous
+    for index, frame in enumerate(batch.frames):
+        if frame is not previous:  # it comes again if the source shows it for longer
+            trails = tracker.trails(objects[index], batch.start + index)
+            draw(frame.image, objects[index], trails if tracks else None)
+            if batch.analysed[index]:
+                place = (frame.source_index, frame.pts_seconds, frame.source_size)
+                found.append(FrameDetections(*place, batch.detections[index], objects[index]))
+        previous = frame
+    return found
 
 
 def draw(image: np.ndarray, objects: np.ndarray, trails: Sequence[np.ndarray] | None) -> None:
@@ -497,6 +506,14 @@ def prefetch(items: Generator[T], heartbeat_seconds: float | None = None) -> Gen
             executor.shutdown(wait=False)
 
     return results()
+
+
+def in_thread(work: Callable[..., T], *args: object) -> Generator[T | None]:
+    """Yields None at least every `HEARTBEAT_SECONDS` until `work` is done, and then its result.
+
+    Gradio can close a generator only between its steps, so that none should take long.
+    """
+    return prefetch((work(*args) for _ in range(1)), HEARTBEAT_SECONDS)
 
 
 # --------------------------------------------------------------------------------------------------------- tracks
@@ -916,8 +933,8 @@ def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dic
         while not run.is_stopped and (position := QUEUE.index(run) - VISITORS_AT_ONCE + 1) > 0:
             yield {"status": f"Waiting for other visitors: position {position} in the queue."}
             time.sleep(HEARTBEAT_SECONDS)
-        report = Report(*settings)
-        yield {"status": report.status(), "progress": report.progress()}
+        for report in in_thread(Report, *settings):
+            yield {"status": report.status() if report else "Reading the video…"}
         with contextlib.closing(prefetch(stream_into(report, join_seconds), HEARTBEAT_SECONDS)) as updates:
             while not (run.is_stopped or report.is_end or report.failure):
                 update = next(updates)
@@ -928,8 +945,8 @@ def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dic
             ended = "Ended early" if report.failure else "Stopped" if run.is_stopped else "Done"
             yield {"status": report.status(ended), **report.results(), **IDLE}
             report.warn_if_damaged()
-            if report.chunks:
-                yield {"files": report.save()}
+            for files in in_thread(report.save) if report.chunks else ():
+                yield {"files": files} if files else {}
         if report.failure:
             if report.chunks:
                 report.failure.message += (

@@ -1,6 +1,7 @@
 """On a slow device every n-th frame is analysed: how n is chosen, what is drawn, what is reported, what is kept."""
 
 import contextlib
+import shutil
 import time
 
 import cv2
@@ -64,7 +65,7 @@ def test_an_analysed_frame_is_known_after_the_end_of_each_chunk(video, slow_devi
 
 
 def test_only_what_the_model_found_is_reported(slow_device, tmp_path):
-    report = keep_up(EXAMPLE)
+    report = keep_up(shutil.copy(EXAMPLE, tmp_path))
     assert set(report.detections()["frame"]) <= set(report.cached)
     assert len(report.cached) < 30
     assert f"analysing every {report.step}th frame" in report.status("Done")
