@@ -754,8 +754,8 @@ class Report:
             point = int(seconds) // self._seconds_per_point * self._seconds_per_point
             self._together.setdefault(point, set()).add(keys)
             for key in keys:
-                total, first, _ = self._seen.get(key, (0.0, seconds, 0.0))
-                self._seen[key] = Seen(total + float(self.step / self.fps), first, seconds)
+                total, first, last = self._seen.get(key, (0.0, seconds, seconds))
+                self._seen[key] = Seen(total + min(seconds - last, MOST_GAP_SECONDS), first, seconds)
 
     @property
     def seconds(self) -> float:
@@ -790,7 +790,7 @@ class Report:
             progress += f" · analysing every {self.step}{ {2: 'nd', 3: 'rd'}.get(self.step, 'th') } frame"
         return f"{progress} · {speed:.1f}× real time · {DETECTOR.name} on {DEVICE.type}"
 
-    def _counts(self) -> pd.DataFrame:
+    def counts(self) -> pd.DataFrame:
         """The most objects at once, believed ones only: a row per point of the plot, a column per label number."""
         believed = {key for key, seen in self._seen.items() if seen.seconds >= self._believed_seconds}
         counts = {
@@ -799,23 +799,23 @@ class Report:
         }
         return pd.DataFrame.from_dict(counts, orient="index").fillna(0).astype(int)
 
-    def table(self) -> pd.DataFrame:
+    def table(self, counts: pd.DataFrame) -> pd.DataFrame:
         """A row per class: how many objects, the most at once, and when the first and the last one were seen."""
         seen = pd.DataFrame([(key[0], *seen) for key, seen in self._seen.items()], columns=["label", *Seen._fields])
         groups = seen[seen["seconds"] >= self._believed_seconds].groupby("label")
         rows = groups.agg(objects=("label", "size"), first=("first", "min"), last=("last", "max"))
-        rows.insert(1, "most", self._counts().max())
+        rows.insert(1, "most", counts.max())
         rows = rows.rename(index=DETECTOR.id2label).rename_axis("class").reset_index().round(1)
         return rows.sort_values(["objects", "class"], ascending=[False, True]).set_axis(TABLE_HEADERS, axis=1)
 
-    def plot(self) -> dict:
+    def plot(self, counts: pd.DataFrame) -> dict:
         """An update of the page's plot: the most objects of each class at once, over time.
 
         `gr.LinePlot` rebuilds its scales and legend only when a property changes, not with new rows: a class that
         is not in `color_map` stays invisible. Fixed limits keep the axes still.
         """
         points = range(0, int(self.seconds - 1 / self.fps) + 1, self._seconds_per_point)
-        counts = self._counts().rename(columns=DETECTOR.id2label).reindex(points, fill_value=0)
+        counts = counts.rename(columns=DETECTOR.id2label).reindex(points, fill_value=0)
         rows = counts.rename_axis("second").reset_index().melt("second", var_name="class", value_name="count")
         return gr.update(
             value=rows,
@@ -827,7 +827,8 @@ class Report:
 
     def results(self) -> dict[str, object]:
         """Values for the page's components."""
-        return {"table": self.table(), "plot": self.plot(), "progress": self.progress()}
+        counts = self.counts()
+        return {"table": self.table(counts), "plot": self.plot(counts), "progress": self.progress()}
 
     def progress(self) -> str:
         """A bar over the whole video, with the analysed part filled."""

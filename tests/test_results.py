@@ -150,13 +150,13 @@ def test_the_json_carries_what_a_program_needs(report, saved):
 
 
 def test_the_table_and_the_plot_tell_the_same_story_as_the_truth(report):
-    table = {row[0]: row[1:] for row in report.table().to_numpy().tolist()}
+    table = {row[0]: row[1:] for row in report.table(report.counts()).to_numpy().tolist()}
     truth = {}
     for frame in range(0, int(report.info.duration_seconds * report.info.fps), 2):
         for label in shapes.example_truth(EXAMPLE.stem, frame)[1]:
             truth.setdefault(app.DETECTOR.id2label[int(label)], []).append(frame)
     assert set(truth) <= set(table)
-    counts = report.plot()["value"]
+    counts = report.plot(report.counts())["value"]
     for name in truth:
         objects, most, first, last = table[name]
         assert objects >= most >= 1
