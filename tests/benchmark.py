@@ -1,10 +1,11 @@
 """How fast the app is against the loop of Gradio's guide "Streaming Object Detection from Video".
 
-    python tests/benchmark.py                                    # the shipped model, rendered streets, 5 minutes
-    python tests/benchmark.py --model r50 --seconds 2 --rounds 1 # a full-size model needs shorter videos on a CPU
-    python tests/benchmark.py --model r50 --outside              # without its forward pass: minutes, also on a CPU
-    python tests/benchmark.py --video street.mp4 --device cuda   # any video, on a GPU
-    python tests/benchmark.py --memory                           # does memory grow with the video?
+    python tests/benchmark.py                                   # the shipped model, rendered streets, 5 minutes
+    python tests/benchmark.py --model r18                       # does a full-size model keep up on a CPU? 6 minutes
+    python tests/benchmark.py --model r50 --rounds 1            # the same with R50's size, 5 minutes
+    python tests/benchmark.py --model r50 --outside             # without its forward pass, also on a CPU
+    python tests/benchmark.py --video street.mp4 --device cuda  # any video, on a GPU
+    python tests/benchmark.py --memory                          # does memory grow with the video?
 
 Both sides show the same video with the same weights, in turns, each turn in a process of its own: a loop that
 shares its process with another inherits its warm caches, its threads and its memory. A turn begins with a
@@ -13,6 +14,10 @@ warm-up on a tiny video, and then plays the video three times:
 1. as the page does, where Gradio converts each chunk before it asks for the next: total, first chunk, CPU, memory;
 2. without Gradio: what is missing in the total is the part of the conversion that no other work hides;
 3. without Gradio, and with a constant answer instead of the forward pass: everything but the forward pass.
+
+The app analyses every frame and draws tracks. On a CPU, `--model r18` and `--model r50` instead compare the guide, the
+app with every frame, and the app with as many frames as keep up: only the first of these three plays, and only of a
+480x270 street. The guide and the app with every frame are far slower than real time, so they play only its beginning.
 """
 
 import argparse
@@ -28,7 +33,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -49,6 +54,7 @@ SHIPPED_MODEL = ROOT / "examples" / "shapes-rtdetr"
 CONF_THRESHOLD = 0.3
 CONSTANT_BOXES = 8  # in each frame of the constant answer
 SIZES = ((480, 270), (1920, 1080))
+BEGINNING_SECONDS = 4  # of a video, for sides that are far slower than real time; the guide needs at least two
 GRAIN = 6  # gray levels, as of a telephone in daylight
 AUDIO_RATE = 48_000
 disable_progress_bar()
@@ -111,6 +117,7 @@ class Job(NamedTuple):
     warm_up: str = ""  # another video; without one, only the memory is measured
     resolution: str = "Half (fast)"  # one of the app's; the guide knows no other
     asks_model: bool = True  # or only the constant answer is measured
+    keeps_up: bool = False  # the app analyses as many frames as keep up with real time, instead of every one
 
 
 class Side:
@@ -119,6 +126,7 @@ class Side:
     def __init__(self, job: Job):
         self.folder = tempfile.TemporaryDirectory(prefix="benchmark-")
         os.environ["GRADIO_TEMP_DIR"] = self.folder.name
+        self.step = 1  # output frames per analysed frame
         if job.side == "app":
             sys.path.insert(0, str(ROOT))
             import app  # loads its model, so not in the guide's processes
@@ -127,7 +135,11 @@ class Side:
 
             def stream(video: str, folder: str) -> Iterator[str]:
                 """As the page does it: in a thread, one chunk ahead."""
-                updates = app.stream_object_detection(video, CONF_THRESHOLD, (), job.resolution, folder=folder)
+                if job.keeps_up:
+                    self.step = app.step_to_keep_up(video, os.path.getmtime(video), job.resolution)
+                updates = app.stream_object_detection(
+                    video, CONF_THRESHOLD, (), job.resolution, step=self.step, folder=folder
+                )
                 for update in app.prefetch(updates):
                     yield update.chunk
 
@@ -247,10 +259,25 @@ def measure(job: Job) -> dict[str, float | str]:
     }
 
 
-def run_in_its_own_process(job: Job) -> dict[str, float | str]:
+def measure_pace(job: Job) -> dict[str, float]:
+    """One turn of one side, as the page plays the video."""
+    side = Side(job)
+    side.play(job.warm_up, with_gradio=True)
+    page = side.play(job.video, with_gradio=True)
+    with av.open(job.video) as container:
+        video_seconds = float(container.streams.video[0].frames / container.streams.video[0].average_rate)
+    return {
+        "video_seconds": video_seconds,
+        "step": side.step,
+        "times_real_time": video_seconds / page["total"],
+        "first_chunk_seconds": page["first_chunk"],
+    }
+
+
+def run_in_its_own_process(job: Job, turn: Callable[[Job], dict] = measure) -> dict[str, float | str]:
     # Spawned, not forked: a fork would inherit the memory, and torch's threads would not survive it.
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(measure, job).result()
+        return pool.submit(turn, job).result()
 
 
 def memory_mb(field: str) -> float:
@@ -346,6 +373,19 @@ ROWS = {  # what `measure` returns: its name in the table, and how it is written
     "memory_mb": ("peak memory above the idle process", "{:.0f} MB"),
     "fps": ("output frames per second", "{:.1f}"),
 }
+PACE_ROWS = {  # the same for `measure_pace`
+    "video_seconds": ("played", "{:.0f} s"),
+    "step": ("output frames per analysed frame", "{:.0f}"),
+    "times_real_time": ("times real time", "{:.2f}"),
+    "first_chunk_seconds": ROWS["first_chunk_seconds"],
+}
+
+
+def describe(video: str) -> str:
+    with av.open(video) as container:
+        stream = container.streams.video[0]
+        rate = float(stream.average_rate)
+        return f"{stream.width}x{stream.height}, {stream.frames} frames at {rate:.4g} per second"
 
 
 def compare(video: str, warm_up: str, rounds: int, asks_model: bool) -> list[str]:
@@ -355,10 +395,7 @@ def compare(video: str, warm_up: str, rounds: int, asks_model: bool) -> list[str
         # Whoever comes second in one round comes first in the next.
         for side in sorted(turns, reverse=number % 2 == 0):
             turns[side].append(run_in_its_own_process(Job(side, video, warm_up, asks_model=asks_model)))
-    with av.open(video) as container:
-        stream = container.streams.video[0]
-        title = f"{stream.width}x{stream.height}, {stream.frames} frames at {float(stream.average_rate):.4g} per second"
-    lines = ["", f"| {title} | guide | app | app / guide |", "|---|--:|--:|--:|"]
+    lines = ["", f"| {describe(video)} | guide | app | app / guide |", "|---|--:|--:|--:|"]
     for key, (name, form) in ROWS.items():
         if key not in turns["app"][0]:
             continue
@@ -368,6 +405,21 @@ def compare(video: str, warm_up: str, rounds: int, asks_model: bool) -> list[str
         lines.append(f"| {name} | {values} | {ratio:.2f} |")
     models = ", ".join(f"{side} {turns[side][0]['model']}" for side in turns)
     return [*lines, "", f"Model: {Path(os.environ['MODEL_ID']).name}; {models}; rounds: {rounds}."]
+
+
+def compare_pace(video: str, beginning: str, warm_up: str, rounds: int) -> list[str]:
+    """The lines of a video's table, with the medians of the rounds. `beginning` is its part for the slow sides."""
+    jobs = {
+        "guide": Job("guide", beginning, warm_up),
+        "app, every frame": Job("app", beginning, warm_up),
+        "app, as many as keep up": Job("app", video, warm_up, keeps_up=True),
+    }
+    turns = [[run_in_its_own_process(job, measure_pace) for job in jobs.values()] for _ in range(rounds)]
+    lines = ["", f"| {describe(video)} | {' | '.join(jobs)} |", "|---|--:|--:|--:|"]
+    for key, (name, form) in PACE_ROWS.items():
+        medians = [statistics.median(turn[key] for turn in column) for column in zip(*turns, strict=True)]
+        lines.append(f"| {name} | {' | '.join(map(form.format, medians))} |")
+    return [*lines, "", f"Model: {Path(os.environ['MODEL_ID']).name}; rounds: {rounds}."]
 
 
 def compare_memory(folder: Path, asks_model: bool) -> list[str]:
@@ -393,7 +445,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default="shapes", help="shapes (default), r18, r50, a folder, or an id on the Hub")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU, if there is one")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default 3)")
-    parser.add_argument("--seconds", type=float, default=8, help="at most this much of each video (default 8)")
+    parser.add_argument("--seconds", type=float, help="at most this much of each video (default 8; r18, r50: 20)")
     parser.add_argument("--outside", action="store_true", help="a constant answer instead of the forward pass")
     parser.add_argument("--memory", action="store_true", help="compare the app's peak memory instead")
     options = parser.parse_args(arguments)
@@ -413,13 +465,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(*compare_memory(folder, not options.outside), sep="\n")
             return
         warm_up = render_street(folder / "warm-up.mp4", 160, 96, seconds=2, fps=4)
+        measures_pace = options.model in ("r18", "r50") and not options.outside and not torch.cuda.is_available()
+        seconds, sizes = options.seconds or (20 if measures_pace else 8), SIZES[:1] if measures_pace else SIZES
         if options.video:
             names = [(video, folder / f"{i}-{Path(video).name}") for i, video in enumerate(options.video)]
-            videos = [remux(video, path, "-t", options.seconds) for video, path in names]
+            videos = [remux(video, path, "-t", seconds) for video, path in names]
         else:
-            videos = [render_street(folder / f"street-{w}x{h}.mp4", w, h, options.seconds) for w, h in SIZES]
+            videos = [render_street(folder / f"street-{w}x{h}.mp4", w, h, seconds) for w, h in sizes]
         for video in videos:
-            print(*compare(video, warm_up, options.rounds, not options.outside), sep="\n", flush=True)
+            if measures_pace:
+                beginning = remux(video, folder / f"beginning-of-{Path(video).name}", "-t", BEGINNING_SECONDS)
+                lines = compare_pace(video, beginning, warm_up, options.rounds)
+            else:
+                lines = compare(video, warm_up, options.rounds, not options.outside)
+            print(*lines, sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def test_a_space_finds_all_that_it_needs_in_the_readmes_block():
     assert (ROOT / SPACE["app_file"]).is_file()
     assert len(SPACE["short_description"]) <= 60, "a Space's page cuts it off there"
     assert SPACE["python_version"] in ("3.12.12", "3.10.13"), "ZeroGPU has no other"
-    assert SPACE["models"] == [app.DEFAULT_MODEL_ID]
+    assert SPACE["models"] == [app.DEFAULT_MODEL_ID, app.DEFAULT_CPU_MODEL_ID]
     assert [entry.split()[0] for entry in SPACE["preload_from_hub"]] == SPACE["models"]
 
 
