@@ -83,36 +83,36 @@ ANALYSED = ("As many as keep up", "Every frame")
 KEEP_UP_SHARE = 0.8  # of real time for the model; the rest is for reading, drawing and encoding
 MOST_GAP_SECONDS = 0.5  # between analysed frames
 
-# Levels of 255 between the thumbnails of two frames, and times the change before. In a film at 25 and 12.5 frames a
-# second, cuts changed 43 to 81 levels. Its fastest motion changed up to 31, but as much on the frame before. These
-# limits found all 5 and 10 cuts and nothing else; factor 2 missed 2 of 10. Cuts of rendered scenes: 48 or more.
+# Mean difference between thumbnails of consecutive frames (0 to 255), and its ratio to the previous difference. In a
+# film at 25 and 12.5 frames per second, cuts changed 43 to 81. Its fastest motion changed up to 31, but the previous
+# frame had changed as much. These limits found all 5 and 10 cuts and nothing else; a ratio of 2 missed 2 of 10.
 CUT_CHANGE, CUT_FACTOR = 25, 1.5
 
-# Found on 83 rendered scenes, seeds 100 to 111, 12 and 15 frames a second, score threshold 0.30: an object had its
-# number for 0.953 of its sightings, and 490 objects were believed where 483 were. With the library's own thresholds
-# 0.910 and 555; ByteTrack 0.888 and 585, OC-SORT 0.822 and 653. Weaker boxes, from 0.1 or 0.2, gained 0.001 at most.
-LOST_SECONDS = 1.2  # 0.8 s: 0.941, 1.5 s: 0.953
-NEW_SECONDS = 0.25  # for so long, a new object is seen before it gets a number; 0.1 s: 0.944, and 28 % more numbers
-BELIEVED_SECONDS = 1.0  # of sightings, for an object to count; 0.6 s: 510 objects, 0.3 s: 541
+# Found on 83 rendered scenes, seeds 100 to 111, 12 and 15 frames per second, score threshold 0.30: objects kept their
+# number in 95.3 % of their sightings, and 490 were counted where 483 exist. With the library's own thresholds: 91.0 %
+# and 555; ByteTrack 88.8 % and 585, OC-SORT 82.2 % and 653. Weaker boxes, from 0.1 or 0.2, gained 0.1 % at most.
+LOST_SECONDS = 1.2  # an object keeps its number for so long while it is not seen; 0.8 s: 94.1 %, 1.5 s: 95.3 %
+NEW_SECONDS = 0.25  # a new object gets its number after this long; 0.1 s: 94.4 %, and 28 % more numbers
+BELIEVED_SECONDS = 1.0  # an object counts after being seen this long; 0.6 s: 510 objects, 0.3 s: 541
 TRACKER = {
-    "track_activation_threshold": 0.0,  # whatever is shown may be an object; 0.5: 0.953 as well
+    "track_activation_threshold": 0.0,  # any detection that is drawn may start a track
     "high_conf_det_threshold": 0.0,
-    "minimum_iou_threshold_first_assoc": 0.01,  # 0.05: 0.947, 0.2: 0.930
-    "buffer_ratio_first": 0.8,  # each box is grown by so much of its size; 0.6: 0.956, 1.0: 0.945
+    "minimum_iou_threshold_first_assoc": 0.01,  # 0.05: 94.7 %, 0.2: 93.0 %
+    "buffer_ratio_first": 0.8,  # boxes are enlarged by this share of their size; 0.6: 95.6 %, 1.0: 94.5 %
     "instant_first_frame_activation": False,
 }
-MOST_DIFFERENT = 2.5  # for two detections to be one object; 2.0 to 3.5 change filled frames by less than 0.01
+MOST_DIFFERENT = 2.5  # upper limit for two detections to match; 2.0 to 3.5 change interpolated frames by less than 1 %
 TRAIL_SECONDS = 1.5
 
 CACHED_VIDEOS = 16  # whose detections are kept in memory, at some hundred bytes per frame
 
 ON_ZEROGPU = spaces.config.Config.zero_gpu  # `spaces` has no public name for it
-GPU_SECONDS = 60  # of a ZeroGPU per call, at most: requests beyond a visitor's quota are refused
+GPU_SECONDS = 60  # of a ZeroGPU per call, at most: a request that exceeds the visitor's quota is refused
 GPU_RESERVE_SECONDS = 4  # of GPU_SECONDS, to finish the last chunk
 VISITORS_AT_ONCE = 32 if ON_ZEROGPU else 4  # concurrent runs; others wait in a queue
 MAX_QUEUE = 100  # runs, including those that wait
-SETTLE_SECONDS = 0.15  # each step of a dragged slider starts a run, which first waits for a next step this long
-HEARTBEAT_SECONDS = 0.25  # at least this often, the page hears from a run, and a run notices Stop
+SETTLE_SECONDS = 0.15  # debounce: each step of a dragged slider starts a run, which waits this long for another
+HEARTBEAT_SECONDS = 0.25  # longest interval between status updates, and between checks for Stop
 MAX_UPLOAD = "2gb"
 
 # ---------------------------------------------------------------------------------------------------------- model
@@ -152,9 +152,10 @@ class Detector:
         self._passes_at_once = CPU_COUNT if DEVICE.type == "cpu" else 1
         self.batch_frames = self._passes_at_once * max(1, PASS_PIXELS[DEVICE.type] // math.prod(self.input_size))
         self._lock = threading.Lock()  # visitors take turns: two passes at once take twice the memory
-        self.seconds_per_frame = 0.0  # so little on a GPU that nobody measures it
+        self.seconds_per_frame = 0.0  # negligible on CUDA, so not measured there
         if DEVICE.type == "cpu":
             optimize_for_cpu(model)
+        if not HAS_CUDA:
             frames = [np.zeros((*self.input_size, 3), np.uint8)] * self.batch_frames
             for _ in range(2):  # the first pass is slower
                 began = time.monotonic()
@@ -249,7 +250,7 @@ def load_detector() -> tuple[Detector, str]:
         sys.exit(f"The model '{source}' cannot be used: {reason}")
     detector = Detector(SHIPPED_MODEL, SHIPPED_MODEL.name)
     note = (
-        f"For whoever runs this app: **{source}** is unavailable (no network, and not in the local cache). The small "
+        f"Note for the operator: **{source}** is unavailable (no network, and not in the local cache). The small "
         f"detector that ships with the app runs instead. It only knows {', '.join(detector.id2label.values())}. Start "
         "the app once with a network, or set `MODEL_ID` to a local folder."
     )
@@ -280,7 +281,7 @@ class FrameDetections(NamedTuple):
     pts_seconds: float
     source_size: tuple[int, int]  # width and height in pixels, upright
     detections: np.ndarray  # as `Detector` returns them, whatever the threshold
-    objects: np.ndarray  # those that are shown, (N, 7): as detections, and the object's number, 0 without one
+    objects: np.ndarray  # those that are drawn, (N, 7): the same columns and the object's number, 0 if none
 
 
 class StreamUpdate(NamedTuple):
@@ -291,7 +292,7 @@ class StreamUpdate(NamedTuple):
     output_frames: int  # how many the output has, counted from the beginning of the video
     gpu_seconds: float  # since the call began
     is_end: bool  # of the video
-    tracker: ObjectTracker  # to go on with
+    tracker: ObjectTracker  # pass it to the next call
 
 
 class Batch(NamedTuple):
@@ -301,8 +302,8 @@ class Batch(NamedTuple):
     start: int  # output index of the first one
     is_end: bool  # of the video
     detections: Sequence[np.ndarray] = ()  # on each frame
-    analysed: Sequence[bool] = ()  # whether they are the model's
-    cuts: Sequence[bool] = ()  # whether a shot begins with the frame
+    analysed: Sequence[bool] = ()  # whether the model ran on the frame
+    cuts: Sequence[bool] = ()  # whether a new shot begins with the frame
     is_cached: bool = False  # whether no frame needed the model
     previous: Frame | None = None  # the last frame of the batch before
 
@@ -331,13 +332,13 @@ def stream_object_detection(
         classes: Names of the classes to draw, from the checkpoint's `id2label`; empty for all.
         resolution: A key of `RESOLUTIONS`.
         tracks: Draw the objects' numbers and trails.
-        step: Every how many output frames one is analysed. In between, objects move from one place to the next.
+        step: One in this many output frames is analysed; boxes on the others are interpolated.
         start: The output frame to begin with.
-        tracker: Of the call that ended there.
+        tracker: Of the call that ended at `start`.
         cached: Detections by source index. These frames skip the model; new detections are added.
         folder: Where to write the chunks; by default the system's temporary folder.
         join_seconds: Cached frames up to this second of the video come as one long chunk.
-        budget_seconds: The stream ends shortly before this time is over; with 0, at the first frame not in `cached`.
+        budget_seconds: The stream ends shortly before this time limit; with 0, at the first frame not in `cached`.
 
     Yields:
         One `StreamUpdate` per chunk of two seconds; the last one is shorter.
@@ -418,12 +419,13 @@ def detect_batches(
 ) -> Iterator[Batch]:
     """The same batches with the detections on their frames. The model's are also added to `cached`.
 
-    Ends where the model is needed after `deadline`, a time of `time.monotonic`.
+    Ends at the first batch that needs the model after `deadline` (`time.monotonic`).
     """
     find_cut, before, previous = CutFinder(), None, None
     with contextlib.closing(batches):
         for batch in batches:
             due = [*batch.frames[-batch.start % step :: step], batch.frames[-1]]
+            due += batch.frames[:1] if before is None else []
             new = {frame.source_index: frame.image for frame in due if frame.source_index not in cached}
             if new and time.monotonic() > deadline:
                 return
@@ -437,7 +439,7 @@ def detect_batches(
 
 
 def select(detections: np.ndarray, conf_threshold: float, classes: Sequence[str]) -> np.ndarray:
-    """The detections that are drawn and reported: sure enough, and of one of `classes`, if there are any."""
+    """The detections above the threshold and, unless `classes` is empty, in one of them."""
     selected = detections[detections[:, 4] > conf_threshold]
     if classes:
         numbers = [number for number, label in DETECTOR.id2label.items() if label in classes]
@@ -474,15 +476,15 @@ END = object()
 
 
 def lower_thread_priority() -> None:
-    """Chunks that are finished go to the viewer before more is begun: the first one comes a fifth sooner."""
+    """Delivering finished chunks takes priority over preparing new ones: the first one arrives 20 % sooner."""
     if sys.platform == "linux":  # elsewhere it would be the whole process
         os.nice(10)
 
 
 def prefetch(items: Generator[T], heartbeat_seconds: float | None = None) -> Generator[T | None]:
-    """The same items, but the next one is made in a thread while the last one is being used.
+    """Yields the same items, computing the next one in a thread while the caller uses the current one.
 
-    Closing it does not wait for the step at hand; `items` is closed after that step.
+    Closing does not wait for the item in progress; `items` is closed after it.
 
     Args:
         heartbeat_seconds: After this long without an item, None is yielded.
@@ -556,7 +558,7 @@ class ObjectTracker:
         self._numbers: dict[int, int] = {}  # by the id of the library's track
 
     def update(self, frames: Sequence[np.ndarray], cuts: Sequence[bool]) -> list[np.ndarray]:
-        """Adds to the detections on the next frames, (N, 6), the objects' numbers: (N, 7), 0 for what has none.
+        """Appends object numbers to the detections on the next frames: (N, 6) in, (N, 7) out; 0 means no object.
 
         `cuts` tells for each frame whether a shot begins with it.
         """
@@ -570,8 +572,13 @@ class ObjectTracker:
             self._tracker.reset()
             self._numbers = {}
         numbers = np.zeros(len(detections), int)
-        boxes = detections[:, :4] + detections[:, 5:] * (10.0, 0, 10, 0)  # so far apart, classes never meet
-        order = {"index": np.arange(len(boxes))}  # the library changes it
+        boxes = detections[:, :4] + detections[:, 5:] * (
+            10.0,
+            0,
+            10,
+            0,
+        )  # offset by class, so that boxes of different classes never overlap
+        order = {"index": np.arange(len(boxes))}  # the library reorders detections
         tracked = self._tracker.update(sv.Detections(boxes, confidence=detections[:, 4], data=order))
         for index, track in zip(tracked.data.get("index", ()), tracked.tracker_id, strict=True):
             if track >= 0:
@@ -584,7 +591,7 @@ class ObjectTracker:
         return numbers
 
     def trails(self, objects: np.ndarray, output_index: int) -> list[np.ndarray]:
-        """Earlier centres of each object, (K, 2), oldest first, relative to the frame. Remembers the present ones."""
+        """Earlier centres of each object, (K, 2), oldest first, relative to the frame. Stores the current centres."""
         oldest = output_index - self._trail_frames
         self._trails = {key: trail for key, trail in self._trails.items() if trail[-1][0] >= oldest}
         trails = []
@@ -597,7 +604,7 @@ class ObjectTracker:
 
 
 def look_back(detections: np.ndarray, numbers: np.ndarray, later: np.ndarray, later_numbers: np.ndarray) -> None:
-    """Gives what is new on a frame, and still has no number, the one that it gets on the next frame."""
+    """Copies a new object's number back to the frame before the one that assigned it."""
     cost = differences(detections, later)
     for index in np.flatnonzero(numbers == 0):
         taken = numbers[detections[:, 5] == detections[index, 5]]
@@ -606,7 +613,7 @@ def look_back(detections: np.ndarray, numbers: np.ndarray, later: np.ndarray, la
             numbers[index] = later_numbers[np.where(is_new, cost[index], np.inf).argmin()]
 
 
-# ------------------------------------------------------------------------------------------- frames between analysed
+# ------------------------------------------------------------------------------------------------- skipped frames
 
 
 def fill_gaps(detections: list[np.ndarray | None], cuts: Sequence[bool]) -> list[np.ndarray]:
@@ -634,8 +641,8 @@ def fill_gaps(detections: list[np.ndarray | None], cuts: Sequence[bool]) -> list
 def interpolate(before: np.ndarray, after: np.ndarray, fraction: float) -> np.ndarray:
     """Detections at a moment between two frames with detections (N, 6) and (M, 6); float32 (K, 6), best first.
 
-    What both have moves from one place to the other. What has no partner stays in its place and fades: before the
-    middle of the gap out, after it in. So a box that flickers at a low score does not stay for half of the gap.
+    Matched boxes move linearly. Unmatched boxes stay in place: the earlier ones fade out before the middle of the gap,
+    the later ones fade in after it. A low-scoring flicker therefore disappears quickly.
     """
     cost = differences(before, after)
     rows, columns = linear_sum_assignment(np.minimum(cost, 2 * MOST_DIFFERENT))
@@ -649,8 +656,8 @@ def interpolate(before: np.ndarray, after: np.ndarray, fraction: float) -> np.nd
 
 
 def differences(some: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """How unlike detections (N, 6) and (M, 6) are, (N, M): the way between their centres in box sizes, plus the growth
-    of width and height as logarithms. Infinite between classes."""
+    """Dissimilarity of detections (N, 6) and (M, 6), as (N, M): centre distance in box sizes, plus the absolute log
+    ratios of widths and heights. Infinite between classes."""
     sizes, other_sizes = (np.maximum(found[:, 2:4] - found[:, :2], 1e-6) for found in (some, others))
     ways = (some[:, :2] + some[:, 2:4])[:, None] / 2 - (others[:, :2] + others[:, 2:4]) / 2
     ways = np.linalg.norm(ways / ((sizes[:, None] + other_sizes) / 2), axis=2)
@@ -673,16 +680,17 @@ def cached_detections(video: str, modified: float, resolution: str) -> dict[int,
 
 @lru_cache(maxsize=CACHED_VIDEOS)
 def step_to_keep_up(video: str, modified: float, resolution: str) -> int:
-    """Every how many output frames one must be analysed, for the stream to keep up with real time.
+    """The smallest step between analysed output frames that keeps up with real time.
 
-    Decided once per video, so that later runs find the same frames analysed. Takes the runs in progress into account.
+    Decided once per video, so that later runs find the same frames in the cache. The runs in progress share the model.
     """
     fps = read_video_info(video).fps / RESOLUTIONS[resolution].step
     chunk_frames, most = max(1, round(CHUNK_SECONDS * fps)), max(1, int(MOST_GAP_SECONDS * fps))
+    # Per output frame. Chunk boundaries are always analysed, which a step that divides the chunk gets for free.
+    passes = {n: 1 / n + 1 / chunk_frames - 1 / math.lcm(n, chunk_frames) for n in range(1, most + 1)}
     runs = max(1, min(len(QUEUE), VISITORS_AT_ONCE))
-    needed = min(most, math.ceil(DETECTOR.seconds_per_frame * runs * fps / KEEP_UP_SHARE) or 1)
-    # The first frame of each chunk is always analysed: the others divide what is between them evenly, if they can.
-    return next((step for step in range(needed, most + 1) if chunk_frames % step == 0), needed)
+    affordable = KEEP_UP_SHARE / max(1e-9, DETECTOR.seconds_per_frame * runs * float(fps))
+    return next((n for n in passes if passes[n] <= affordable), min(passes, key=passes.get))
 
 
 class GpuPace:
@@ -707,7 +715,7 @@ COLUMNS = ["time_seconds", "frame", "label", "track", "score", "x1", "y1", "x2",
 
 
 class Seen(NamedTuple):
-    """An object, up to now."""
+    """When and for how long an object has been seen so far."""
 
     seconds: float  # how long it was seen
     first: float  # second of the video
@@ -739,7 +747,7 @@ class Report:
         # For each point of the plot: which objects were together on a frame.
         self._together: dict[int, set[frozenset]] = {}
         self._seconds_per_point = max(1, math.ceil(self.info.duration_seconds / 200))
-        # A single flickering frame is no object, but a short video may have some.
+        # One flickering frame must not count as an object, but a short video can have objects.
         self._believed_seconds = min(BELIEVED_SECONDS, self.info.duration_seconds / 2)
 
     def add(self, update: StreamUpdate) -> None:
@@ -764,7 +772,7 @@ class Report:
 
     def warn_if_damaged(self) -> None:
         if self.is_end and self.info.expected_seconds - self.seconds > 1.5 / self.fps:
-            gr.Warning(f"This video is damaged. It could be read up to second {self.seconds:.1f}.")
+            gr.Warning(f"This video is damaged. Only the first {self.seconds:.1f} seconds could be read.")
 
     def status(self, ended: str = "") -> str:
         """One line for the page."""
@@ -779,7 +787,8 @@ class Report:
         elif self.waits_for_gpu:
             progress = f"Waiting for a GPU… · {self.seconds:.1f} of {total:.1f} s"
         elif not self.seconds:
-            needed = math.ceil(CHUNK_SECONDS * self.fps / self.step) + (self.step > 1)
+            seconds = min(CHUNK_SECONDS, total)
+            needed = math.ceil(seconds * self.fps / self.step) + (self.step > 1)
             done = min(len(self.cached), needed)
             progress = f"First chunk: {done} of {needed} frames"
             if done:
@@ -871,7 +880,7 @@ class Report:
 
 
 class Run:
-    """A run of a session, from its arrival until it has ended."""
+    """A session's run, from queueing to its end."""
 
     def __init__(self, session: str):
         self.session, self.is_stopped, self.has_ended = session, False, threading.Event()
@@ -932,7 +941,7 @@ def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dic
     """
     try:
         while not run.is_stopped and (position := QUEUE.index(run) - VISITORS_AT_ONCE + 1) > 0:
-            yield {"status": f"Waiting for other visitors: position {position} in the queue."}
+            yield {"status": f"Waiting in the queue: position {position}."}
             time.sleep(HEARTBEAT_SECONDS)
         for report in in_thread(Report, *settings):
             yield {"status": report.status() if report else "Reading the video…"}
@@ -951,7 +960,7 @@ def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dic
         if report.failure:
             if report.chunks:
                 report.failure.message += (
-                    f" It is complete up to second {report.seconds:.0f}; Run again continues there."
+                    f" The first {report.seconds:.0f} seconds are complete. Run again resumes from there."
                 )
             raise report.failure
     except Exception as error:
@@ -1112,27 +1121,27 @@ const seek = (seconds) => { if (player()) player().currentTime = seconds; };
 
 // A new stream begins at 0:00, and Gradio has no property for the playhead. After a change of the settings, the
 // playhead is sent with them, and the new stream goes on there.
-let left = null;  // the stream that was left: its address, and the second
+let left = null;  // the previous stream: its URL and position in seconds
 const startOver = (inputs) => {
     left = null;
     document.querySelector("#processed").scrollIntoView({behavior: "smooth", block: "nearest"});
     return [...inputs.slice(0, -1), -1];
 };
-const goOn = (inputs) => {
+const resume = (inputs) => {
     const video = player();
     if (!left && video && !video.ended) left = {src: video.currentSrc, seconds: video.currentTime};
     return [...inputs.slice(0, -1), left?.seconds ?? 0];
 };
-const returnToPlace = ({target: video, type}) => {
+const restorePosition = ({target: video, type}) => {
     if (!left || video !== player() || video.currentSrc === left.src) return;
     if (video.seekable.length && video.seekable.end(0) > left.seconds) seek(left.seconds);
     else if (type !== "ended") return;
     left = null;
 };
-for (const type of ["canplay", "progress", "ended"]) document.addEventListener(type, returnToPlace, true);
+for (const type of ["canplay", "progress", "ended"]) document.addEventListener(type, restorePosition, true);
 
-// Gradio's player does not say that it has caught up with the stream. Of an upload that the browser cannot play, it
-// says "Video not playable", which this app perhaps can, and shows controls with a duration of NaN.
+// Gradio's player does not say that it has caught up with the stream. For an upload that the browser cannot play (but
+// this app may), it shows "Video not playable" and a duration of NaN.
 for (const type of ["waiting", "playing", "error", "loadedmetadata"]) document.addEventListener(type, (event) => {
     if (event.target === player()) document.body.classList.toggle("stalled", type === "waiting");
     else if (event.target.closest?.("#source")) {
@@ -1193,7 +1202,7 @@ CSS = """
 
 def build_page() -> gr.Blocks:
     with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 86400)) as page:
-        intro = "Upload a video and watch what RT-DETR finds in it."
+        intro = "Upload a video and watch RT-DETR find the objects in it."
         gr.Markdown(f"# Streaming video object detection\n{intro} <small>Model: {DETECTOR.name}</small>")
         if MODEL_NOTE:
             gr.Markdown(MODEL_NOTE)
@@ -1220,7 +1229,7 @@ def build_page() -> gr.Blocks:
                     choices = list(zip(names, RESOLUTIONS, strict=True))
                     resolution = gr.Radio(choices, value=HALF, label="Size and frame rate")
                     analysed = gr.Radio(ANALYSED, value=ANALYSED[0], label="Frames analysed")
-                    tracks = gr.Checkbox(True, label="Tracks", info="The objects' numbers and trails.")
+                    tracks = gr.Checkbox(True, label="Tracks", info="Show object numbers and trails.")
             with gr.Column():
                 height = "clamp(220px, 32vw, 480px)"  # reserved from the start, so that nothing jumps
                 processed = gr.Video(
@@ -1241,7 +1250,7 @@ def build_page() -> gr.Blocks:
                         y_axis_format="d", height=240, visible=False, elem_id="plot",
                     )  # fmt: skip
                     files = gr.File(
-                        label="Results, ready when the run has ended",
+                        label="Results (available when the run ends)",
                         file_count="multiple",
                         interactive=False,
                         height=190,
@@ -1263,7 +1272,7 @@ def build_page() -> gr.Blocks:
             api_name="stream_object_detection",
         )  # fmt: skip
         changes = [setting.change for setting in settings[1:]]
-        gr.on(changes, **stream, js="(...inputs) => goOn(inputs)", api_visibility="private")
+        gr.on(changes, **stream, js="(...inputs) => resume(inputs)", api_visibility="private")
         stop.click(stop_run, queue=False, show_progress="hidden", api_visibility="private")
         page.load(None, js=NAME_EXAMPLES)
         outputs = [gr.Video(visible=False), gr.JSON(visible=False)]

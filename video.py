@@ -55,7 +55,7 @@ def _cpu_count() -> int:
 
 
 CPU_COUNT = _cpu_count()
-# OpenCV and x264 take half of the cores each, so that decoding, detecting and encoding do not fight over them.
+# OpenCV and x264 take half of the cores each, so that decoding, detecting and encoding do not compete for them.
 HELPER_THREADS = max(1, CPU_COUNT // 2)
 cv2.setNumThreads(HELPER_THREADS)
 Retrieve = Callable[[np.ndarray | None], tuple[bool, np.ndarray]]  # as in `cv2.VideoCapture`
@@ -182,7 +182,7 @@ class Frame:
 def sample_frames(video: VideoInfo, output_fps: Fraction, scale: Fraction, start: int = 0) -> Iterator[Frame]:
     """Yields the frames of the output: frame i is the one that the source shows at `i / output_fps` seconds.
 
-    A frame that the source shows for longer comes again, as the same object. Frames that are not needed are
+    A frame that spans several output frames is yielded repeatedly, as the same object. Frames that are not needed are
     decoded, but not converted. Ends early where the rest cannot be decoded; raises `VideoError` if no frame can be.
 
     Args:
@@ -277,7 +277,7 @@ def _decode(video: VideoInfo, kind: str, start_seconds: float) -> Iterator[tuple
 
 
 def _decode_packets(container: av.container.InputContainer, stream: av.stream.Stream) -> Iterator[av.frame.Frame]:
-    """What can be decoded of a track."""
+    """Yields every frame of a track that can be decoded."""
     with contextlib.suppress(av.FFmpegError):  # the rest of the file cannot be read
         for packet in container.demux(stream):
             with contextlib.suppress(av.FFmpegError, ValueError):  # a damaged packet is left out

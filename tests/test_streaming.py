@@ -134,7 +134,7 @@ def test_a_cut_off_file_streams_as_far_as_it_goes_and_a_warning_gives_the_second
     report.warn_if_damaged()
     assert 4 < report.seconds < 8
     assert len(warnings) == 1
-    assert f"up to second {report.seconds:.1f}" in warnings[0]
+    assert f"first {report.seconds:.1f} seconds" in warnings[0]
 
 
 # ------------------------------------------------------------------------------------------------------- drawn boxes

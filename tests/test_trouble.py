@@ -83,7 +83,7 @@ def test_what_was_made_before_something_failed_is_not_lost(video, monkeypatch, c
     assert len(pictures) == 30
     assert lines[-1] == error.message
     assert error.message.startswith("Something went wrong on the server; its log has the details.")
-    assert error.message.endswith("It is complete up to second 2; Run again continues there.")
+    assert error.message.endswith("The first 2 seconds are complete. Run again resumes from there.")
     assert "RuntimeError: cannot read" in caplog.text, "the log has the traceback"
 
 

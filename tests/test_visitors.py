@@ -170,7 +170,7 @@ def test_a_run_that_waits_says_its_position_and_can_be_stopped(video, monkeypatc
             time.sleep(0.01)
         app.stop_run(request_of("a"))
         run.result(timeout=2)
-    assert lines[0] == "Waiting for other visitors: position 1 in the queue."
+    assert lines[0] == "Waiting in the queue: position 1."
     assert lines[-1].startswith("Stopped: 0.0 s of video")
     assert not app.QUEUE and not app.RUNS
 
@@ -210,7 +210,7 @@ def test_the_page_loads_within_a_second_while_forty_visitors_wait_or_watch(serve
     path = upload(server, Kind("forty", frames=3000, audio=()).make(tmp_path))
     visitors = [Visitor(server, path, threshold=(1 + number) / 50) for number in range(40)]
     for visitor in visitors:
-        visitor.wait_for("queue|first frames| of ")
+        visitor.wait_for("queue|First chunk| of ")
     seconds = []
     for _ in range(5):
         began = time.monotonic()

@@ -135,7 +135,7 @@ def test_the_main_process_warns_of_a_damaged_file(happened):
     assert_beginning(run)
     assert run["is_end"]
     assert run["by_worker"] == ""
-    assert f"second {len(run['numbers']) / 15:.1f}" in run["warning"]
+    assert f"first {len(run['numbers']) / 15:.1f} seconds" in run["warning"]
 
 
 def test_visitors_at_the_same_time_have_a_worker_each(happened):
