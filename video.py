@@ -1,6 +1,6 @@
 """Reads video files at their exact times, and writes the mp4 chunks that are streamed.
 
-This module knows nothing of models or pages. Uploads are untrusted: only known containers and local files are opened.
+It is independent of the model and the page. Uploads are untrusted: only known containers and local files are opened.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -58,6 +59,10 @@ CPU_COUNT = _cpu_count()
 # OpenCV and x264 take half of the cores each, so that decoding, detecting and encoding do not compete for them.
 HELPER_THREADS = max(1, CPU_COUNT // 2)
 cv2.setNumThreads(HELPER_THREADS)
+# OpenCV opens files under a lock of its own, which a process that is forked meanwhile (by ZeroGPU) would never get.
+OPEN_LOCK = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=OPEN_LOCK.acquire, after_in_parent=OPEN_LOCK.release, after_in_child=OPEN_LOCK.release)
 Retrieve = Callable[[np.ndarray | None], tuple[bool, np.ndarray]]  # as in `cv2.VideoCapture`
 
 
@@ -239,7 +244,8 @@ def _grab_frames(video: VideoInfo, start_seconds: float) -> Iterator[tuple[float
 
 def _opencv_frames(video: VideoInfo, _start_seconds: float) -> Iterator[tuple[float, bool, Retrieve]]:
     """Every frame that OpenCV decodes. An image must be retrieved before the next frame is grabbed."""
-    capture = cv2.VideoCapture(video.path, cv2.CAP_FFMPEG)
+    with OPEN_LOCK:
+        capture = cv2.VideoCapture(video.path, cv2.CAP_FFMPEG)
     # OpenCV 5.0 writes beyond its memory if uncompressed BGR video has its last row first, as in Windows' AVI files.
     if capture.get(cv2.CAP_PROP_CODEC_PIXEL_FORMAT) == int.from_bytes(b"BGR\x18", "little"):
         return
