@@ -828,11 +828,13 @@ class Report:
         rows = counts.rename_axis("second").reset_index().melt("second", var_name="class", value_name="count")
         return gr.update(
             value=rows,
-            color_map={label: label_color(label) for label in counts},
             x_lim=[0, self.info.duration_seconds],
             y_lim=[0, max([5, *rows["count"]])],  # below 5, the axis would have ticks at halves
-            visible=len(counts.columns) > 0,
+            visible=len(counts.columns) > 0 or "hidden",
         )
+
+    def colors(self) -> dict[str, str]:
+        return {label: label_color(label) for label in self._counts().rename(columns=DETECTOR.id2label)}
 
     def results(self) -> dict[str, object]:
         """Values for the page's components."""
@@ -924,7 +926,7 @@ def stop_run(request: gr.Request) -> None:
 
 
 # Updates of the page's components
-CLEARED = {"processed": gr.update(value=None), "table": None, "plot": gr.update(visible=False), "progress": ""}
+CLEARED = {"processed": gr.update(value=None), "table": None, "plot": gr.update(visible="hidden"), "progress": ""}
 RUNNING = {"start": gr.update(interactive=False), "stop": gr.update(interactive=True), "files": None}
 IDLE = {"start": gr.update(interactive=True), "stop": gr.update(interactive=False)}
 
@@ -951,6 +953,7 @@ def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dic
                 if update:
                     report.add(update)
                     yield {"processed": update.chunk, **report.results()}
+                    yield {"plot": gr.update(color_map=report.colors())}
                 yield {"status": report.status(), "progress": report.progress()}
             ended = "Ended early" if report.failure else "Stopped" if run.is_stopped else "Done"
             yield {"status": report.status(ended), **report.results(), **IDLE}
@@ -1061,6 +1064,7 @@ def stream_to_page(
     with new_run(request.session_hash) as run:
         time.sleep(SETTLE_SECONDS)
         if run.is_replaced:
+            yield page_update()  # without any output, Gradio would empty all components
             return
         if video is None:
             yield page_update(status=WELCOME, **CLEARED, **IDLE, files=None)
@@ -1150,6 +1154,11 @@ for (const type of ["waiting", "playing", "error", "loadedmetadata"]) document.a
     }
 }, true);
 
+// Gradio's example buttons have no names, and are made at any time after the page has loaded.
+new MutationObserver(() => document.querySelectorAll(".gallery-item:not([aria-label]) video[src]").forEach((video) =>
+    video.closest(".gallery-item").setAttribute("aria-label", video.src.split("/").pop()))
+).observe(document, {childList: true, subtree: true});
+
 // The select events of a table and a plot go through the server, and a plot's is for regions only.
 document.addEventListener("click", ({target, clientX}) => {
     const cells = target.closest("#table [role=row]")?.querySelectorAll("[role=gridcell]");
@@ -1177,20 +1186,22 @@ for (const type of ["focusin", "input", "focusout"]) document.addEventListener(t
 }, true);
 </script>
 """
-NAME_EXAMPLES = """() => document.querySelectorAll(".gallery-item").forEach((button) =>
-    button.setAttribute("aria-label", button.querySelector("video").src.split("/").pop()))"""
 CSS = """
 #source video { max-height: clamp(180px, 28vw, 430px); object-fit: contain; }
 .unplayable #source .controls, #files .label-clear-button { display: none; }
 #threshold input[type=range]:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 4px; }
-#progress { min-height: 48px; }
+#progress { height: 60px; }
 #progress progress { width: 100%; height: 8px; appearance: none; border: none; border-radius: 4px; cursor: pointer; }
 #progress progress, ::-webkit-progress-bar { background: var(--neutral-300); border-radius: 4px; }
 #progress ::-webkit-progress-value { background: var(--color-accent); border-radius: 4px; }
 #progress ::-moz-progress-bar { background: var(--color-accent); border-radius: 4px; }
-#progress .hint { visibility: hidden; }
-.stalled #progress .hint { visibility: visible; }
+body:not(.stalled) #progress .hint { visibility: hidden; }
+[data-testid=status-tracker].hide { display: none; }
 #table [role=row], #plot svg { cursor: pointer; }
+#files { height: 264px; }
+#table .cell-menu-button { display: none; }
+#table .cell-wrap { padding-inline: 4px; }
+#table .header-cell .text { white-space: normal; overflow: visible; font-family: var(--font); }
 @media (max-width: 700px) {  /* one column: source, player, status, settings, results */
     #columns { flex-direction: column; }
     #columns > .column { display: contents; }
@@ -1240,14 +1251,15 @@ def build_page() -> gr.Blocks:
                 with gr.Row():
                     start, stop = gr.Button("Run again", interactive=False), gr.Button("Stop", interactive=False)
                 with gr.Column(elem_id="results"):
-                    widths = ["26%", "18%", "24%", "16%", "16%"]
+                    widths = ["25%", "22%", "21%", "16%", "16%"]
                     table = gr.Dataframe(
                         headers=TABLE_HEADERS, column_widths=widths, label="Objects found", interactive=False,
                         elem_id="table",
                     )  # fmt: skip
                     plot = gr.LinePlot(
+                        pd.DataFrame(columns=["second", "class", "count"]),
                         x="second", y="count", color="class", x_title="Seconds", y_title="Most at once",
-                        y_axis_format="d", height=240, visible=False, elem_id="plot",
+                        y_axis_format="d", height=240, visible="hidden", elem_id="plot",
                     )  # fmt: skip
                     files = gr.File(
                         label="Results (available when the run ends)",
@@ -1274,7 +1286,6 @@ def build_page() -> gr.Blocks:
         changes = [setting.change for setting in settings[1:]]
         gr.on(changes, **stream, js="(...inputs) => resume(inputs)", api_visibility="private")
         stop.click(stop_run, queue=False, show_progress="hidden", api_visibility="private")
-        page.load(None, js=NAME_EXAMPLES)
         outputs = [gr.Video(visible=False), gr.JSON(visible=False)]
         gr.Button(visible=False).click(detect_video, settings, outputs, concurrency_limit=None, api_name="detect_video")
     return page
