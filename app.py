@@ -818,23 +818,26 @@ class Report:
         return rows.sort_values(["objects", "class"], ascending=[False, True]).set_axis(TABLE_HEADERS, axis=1)
 
     def plot(self, counts: pd.DataFrame) -> dict:
-        """An update of the page's plot: the most objects of each class at once, over time.
-
-        `gr.LinePlot` rebuilds its scales and legend only when a property changes, not with new rows: a class that
-        is not in `color_map` stays invisible. Fixed limits keep the axes still.
-        """
+        """An update of the page's plot: the most objects of each class at once, over time."""
         points = range(0, int(self.seconds - 1 / self.fps) + 1, self._seconds_per_point)
         counts = counts.rename(columns=DETECTOR.id2label).reindex(points, fill_value=0)
         rows = counts.rename_axis("second").reset_index().melt("second", var_name="class", value_name="count")
         return gr.update(
             value=rows,
-            x_lim=[0, self.info.duration_seconds],
+            x_lim=[0, self.info.duration_seconds],  # fixed, so that the axis keeps still
             y_lim=[0, max([5, *rows["count"]])],  # below 5, the axis would have ticks at halves
             visible=len(counts.columns) > 0 or "hidden",
         )
 
-    def colors(self) -> dict[str, str]:
-        return {label: label_color(label) for label in self._counts().rename(columns=DETECTOR.id2label)}
+    def plot_colors(self) -> dict:
+        """A second update of the plot, with the colours of all classes so far.
+
+        `gr.LinePlot` rebuilds its scales and legend only when a property changes, not with new rows, and with the rows
+        of the update before: otherwise, a class that appears later would stay invisible.
+        """
+        numbers = {number for (number, _), seen in self._seen.items() if seen.seconds >= self._believed_seconds}
+        labels = sorted(DETECTOR.id2label[number] for number in numbers)
+        return gr.update(color_map={label: label_color(label) for label in labels})
 
     def results(self) -> dict[str, object]:
         """Values for the page's components."""
@@ -953,7 +956,7 @@ def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dic
                 if update:
                     report.add(update)
                     yield {"processed": update.chunk, **report.results()}
-                    yield {"plot": gr.update(color_map=report.colors())}
+                    yield {"plot": report.plot_colors()}
                 yield {"status": report.status(), "progress": report.progress()}
             ended = "Ended early" if report.failure else "Stopped" if run.is_stopped else "Done"
             yield {"status": report.status(ended), **report.results(), **IDLE}
