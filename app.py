@@ -149,8 +149,8 @@ class Detector:
         model = AutoModelForObjectDetection.from_pretrained(folder, dtype=torch.float32).eval()
         self.model = model.to(DEVICE)
         self.autocast = torch.autocast("cuda", torch.float16, enabled=HAS_CUDA)
-        self._passes_at_once = CPU_COUNT if DEVICE.type == "cpu" else 1
-        self.batch_frames = self._passes_at_once * max(1, PASS_PIXELS[DEVICE.type] // math.prod(self.input_size))
+        self.passes_at_once = CPU_COUNT if DEVICE.type == "cpu" else 1
+        self.batch_frames = self.passes_at_once * max(1, PASS_PIXELS[DEVICE.type] // math.prod(self.input_size))
         self._lock = threading.Lock()  # visitors take turns: two passes at once take twice the memory
         self.seconds_per_frame = 0.0  # negligible on CUDA, so not measured there
         if DEVICE.type == "cpu":
@@ -169,7 +169,7 @@ class Detector:
         score, and label number.
         """
         try:
-            size = math.ceil(len(frames) / self._passes_at_once)
+            size = math.ceil(len(frames) / self.passes_at_once)
             parts = [frames[start : start + size] for start in range(0, len(frames), size)]
             with self._lock, ThreadPoolExecutor(len(parts)) as pool:
                 return list(itertools.chain.from_iterable(pool.map(self._forward_pass, parts)))
@@ -210,12 +210,23 @@ class Detector:
 
 @torch.no_grad()
 def optimize_for_cpu(model: torch.nn.Module) -> None:
-    """Channels last, activations in place, batch norms folded: on two cores, an R18 takes 219 instead of 380 ms."""
+    """Channels last and activations in place; then bfloat16 before the decoder, or else batch norms folded.
+
+    R18 on two cores of an AMD EPYC: 380 ms per frame as it is, 219 ms optimized, 141 ms in bfloat16. The decoder stays
+    in float32, because it chooses between queries that are nearly alike: in bfloat16, 2 % of the detections changed.
+    """
     torch.set_num_threads(1)  # per pass
     model.to(memory_format=torch.channels_last)
     for module in model.modules():
         if isinstance(module, torch.nn.ReLU):
             module.inplace = True
+    cpu_info = Path("/proc/cpuinfo")
+    if cpu_info.exists() and "avx512_bf16" in cpu_info.read_text():
+        for part in (model.model.backbone, model.model.encoder):
+            part.forward = torch.autocast("cpu", torch.bfloat16)(part.forward)
+        for projection in (*model.model.encoder_input_proj, *model.model.decoder_input_proj):
+            projection.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
+        return
     for module in model.modules():
         for (_, conv), (name, norm) in itertools.pairwise(list(module.named_children())):
             if isinstance(conv, torch.nn.Conv2d) and hasattr(norm, "running_mean"):
@@ -397,8 +408,8 @@ def stream_object_detection(
 def read_batches(frames: Iterable[Frame], chunk_frames: int, start: int, step: int) -> Iterator[Batch]:
     """The frames of each chunk in one batch, or in several if they are many or large.
 
-    The last frame of a batch is analysed. If others are not (`step` > 1), a batch has the first frame of the next
-    chunk, too: a chunk is complete once the analysed frame after its end is known.
+    If not every frame is analysed (`step` > 1), a batch ends with an analysed one after the end of the chunk: only then
+    the chunk is complete. No core stays idle for lack of a frame.
     """
     batch: list[Frame] = []
     is_full = False
@@ -407,10 +418,15 @@ def read_batches(frames: Iterable[Frame], chunk_frames: int, start: int, step: i
             yield Batch(batch, index - len(batch), is_end=False)
             batch = []
         batch.append(frame)
-        has_all_passes = index % step == 0 and len(batch) > (DETECTOR.batch_frames - 1) * step
-        is_large = len(batch) * frame.image.nbytes > BATCH_BYTES
-        next_chunk = index + 1 if step == 1 else index
-        is_full = has_all_passes or is_large or (next_chunk > start and next_chunk % chunk_frames == 0)
+        last_before = index - len(batch)
+        passes = index // step - last_before // step
+        if step == 1:
+            is_full = passes >= DETECTOR.batch_frames or (index + 1) % chunk_frames == 0
+        else:
+            has_chunk = index // chunk_frames > max(0, last_before) // chunk_frames
+            is_full = passes >= DETECTOR.batch_frames or (has_chunk and passes % DETECTOR.passes_at_once == 0)
+            is_full = is_full and index % step == 0
+        is_full = is_full or len(batch) * frame.image.nbytes > BATCH_BYTES
     yield Batch(batch, index + 1 - len(batch), is_end=True)
 
 
@@ -685,12 +701,9 @@ def step_to_keep_up(video: str, modified: float, resolution: str) -> int:
     Decided once per video, so that later runs find the same frames in the cache. The runs in progress share the model.
     """
     fps = read_video_info(video).fps / RESOLUTIONS[resolution].step
-    chunk_frames, most = max(1, round(CHUNK_SECONDS * fps)), max(1, int(MOST_GAP_SECONDS * fps))
-    # Per output frame. Chunk boundaries are always analysed, which a step that divides the chunk gets for free.
-    passes = {n: 1 / n + 1 / chunk_frames - 1 / math.lcm(n, chunk_frames) for n in range(1, most + 1)}
     runs = max(1, min(len(QUEUE), VISITORS_AT_ONCE))
-    affordable = KEEP_UP_SHARE / max(1e-9, DETECTOR.seconds_per_frame * runs * float(fps))
-    return next((n for n in passes if passes[n] <= affordable), min(passes, key=passes.get))
+    needed = math.ceil(DETECTOR.seconds_per_frame * runs * fps / KEEP_UP_SHARE)
+    return max(1, min(needed, int(MOST_GAP_SECONDS * fps)))
 
 
 class GpuPace:

@@ -144,7 +144,7 @@ class Side:
                     yield update.chunk
 
             self.stream = stream
-            precision = "float16" if self.model.device.type == "cuda" else "float32"
+            precision = "float16" if self.model.device.type == "cuda" else "float32 or bfloat16"
         else:
             source = os.environ["MODEL_ID"]
             processor = RTDetrImageProcessorPil.from_pretrained(source)

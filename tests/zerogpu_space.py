@@ -300,7 +300,7 @@ def forks(video: str, platform: Platform) -> dict:
 
 def main() -> None:
     assert app.ON_ZEROGPU and app.DEVICE.type == "cpu"
-    app.DETECTOR.batch_frames, app.DETECTOR._passes_at_once = 4, 1  # as on a GPU
+    app.DETECTOR.batch_frames, app.DETECTOR.passes_at_once = 4, 1  # as on a GPU
     video = str(Kind("lent", frames=122, muxer=("-movflags", "+faststart")).make(FOLDER))  # 61 frames, three chunks
     short = str(Kind("short", frames=8, size=(640, 384)).make(FOLDER))
     scenarios = [
