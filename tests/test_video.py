@@ -533,3 +533,35 @@ def test_the_module_needs_neither_a_page_nor_a_model():
     code = "import sys, video; print({'app', 'gradio', 'pandas', 'spaces', 'torch', 'transformers'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+FORKS = """
+import os, signal, sys, threading
+import video
+
+info, is_over = video.read_video_info(sys.argv[1]), threading.Event()
+
+def open_again_and_again():
+    while not is_over.is_set():
+        next(video.sample_frames(info, info.fps, 1))
+
+threads = [threading.Thread(target=open_again_and_again) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for _ in range(10):
+    child = os.fork()
+    if not child:
+        signal.alarm(10)  # ends a child that hangs
+        next(video.sample_frames(info, info.fps, 1))
+        os._exit(0)
+    print(os.waitpid(child, 0)[1])
+is_over.set()
+"""
+
+
+def test_a_forked_process_can_open_videos_also_if_others_are_being_opened(tmp_path):
+    """As on ZeroGPU with several visitors. OpenCV's own lock would stay locked in the child."""
+    path = Kind("forked", frames=10, audio=()).make(tmp_path)
+    command = [sys.executable, "-c", FORKS, path]
+    result = subprocess.run(command, cwd=Path(video.__file__).parent, capture_output=True, text=True, timeout=120)
+    assert result.stdout.split() == ["0"] * 10, result.stderr
