@@ -812,9 +812,13 @@ class Report:
             progress += f" · analysing every {self.step}{ {2: 'nd', 3: 'rd'}.get(self.step, 'th') } frame"
         return f"{progress} · {speed:.1f}× real time · {DETECTOR.name} on {DEVICE.type}"
 
+    def _believed(self) -> set[tuple[float, float]]:
+        """Label and number of each object that was seen long enough."""
+        return {key for key, seen in self._seen.items() if seen.seconds >= self._believed_seconds}
+
     def counts(self) -> pd.DataFrame:
         """The most objects at once, believed ones only: a row per point of the plot, a column per label number."""
-        believed = {key for key, seen in self._seen.items() if seen.seconds >= self._believed_seconds}
+        believed = self._believed()
         counts = {
             point: Counter() | reduce(or_, (Counter(label for label, _ in keys & believed) for keys in together))
             for point, together in self._together.items()
@@ -823,9 +827,12 @@ class Report:
 
     def table(self, counts: pd.DataFrame) -> pd.DataFrame:
         """A row per class: how many objects, the most at once, and when the first and the last one were seen."""
-        seen = pd.DataFrame([(key[0], *seen) for key, seen in self._seen.items()], columns=["label", *Seen._fields])
-        groups = seen[seen["seconds"] >= self._believed_seconds].groupby("label")
-        rows = groups.agg(objects=("label", "size"), first=("first", "min"), last=("last", "max"))
+        seen = [(key[0], *self._seen[key]) for key in self._believed()]
+        rows = (
+            pd.DataFrame(seen, columns=["label", *Seen._fields])
+            .groupby("label")
+            .agg(objects=("label", "size"), first=("first", "min"), last=("last", "max"))
+        )
         rows.insert(1, "most", counts.max())
         rows = rows.rename(index=DETECTOR.id2label).rename_axis("class").reset_index().round(1)
         return rows.sort_values(["objects", "class"], ascending=[False, True]).set_axis(TABLE_HEADERS, axis=1)
@@ -848,8 +855,7 @@ class Report:
         `gr.LinePlot` rebuilds its scales and legend only when a property changes, not with new rows, and with the rows
         of the update before: otherwise, a class that appears later would stay invisible.
         """
-        numbers = {number for (number, _), seen in self._seen.items() if seen.seconds >= self._believed_seconds}
-        labels = sorted(DETECTOR.id2label[number] for number in numbers)
+        labels = sorted({DETECTOR.id2label[label] for label, _ in self._believed()})
         return gr.update(color_map={label: label_color(label) for label in labels})
 
     def results(self) -> dict[str, object]:
