@@ -6,6 +6,7 @@ Files and frames are in `video.py`, drawing is in `draw_boxes.py`.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import contextvars
 import ctypes
@@ -20,15 +21,13 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
-from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from copy import copy
+from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache, reduce
+from functools import lru_cache
 from inspect import unwrap
-from operator import or_
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -45,13 +44,13 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from scipy.optimize import linear_sum_assignment
-from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
+from starlette.routing import Route
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from trackers import CBIoUTracker
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 
-from draw_boxes import draw_bounding_boxes, label_color, load_font
+from draw_boxes import draw_bounding_boxes, label_color
 from video import CPU_COUNT, AudioReader, ChunkWriter, Frame, VideoError, join_chunks, read_video_info, sample_frames
 
 T = TypeVar("T")
@@ -109,10 +108,12 @@ CACHED_VIDEOS = 16  # whose detections are kept in memory, at some hundred bytes
 ON_ZEROGPU = spaces.config.Config.zero_gpu  # `spaces` has no public name for it
 GPU_SECONDS = 60  # of a ZeroGPU per call, at most: a request that exceeds the visitor's quota is refused
 GPU_RESERVE_SECONDS = 4  # of GPU_SECONDS, to finish the last chunk
+GPU_SECONDS_PER_FRAME = 0.02  # of output, until it is measured
 VISITORS_AT_ONCE = 32 if ON_ZEROGPU else 4  # concurrent runs; others wait in a queue
 MAX_QUEUE = 100  # runs, including those that wait
 SETTLE_SECONDS = 0.15  # debounce: each step of a dragged slider starts a run, which waits this long for another
 HEARTBEAT_SECONDS = 0.25  # longest interval between status updates, and between checks for Stop
+PICTURE_AFTER_SECONDS = 1  # the first frame is shown as a picture if the first chunk takes longer
 MAX_UPLOAD = "2gb"
 
 # ---------------------------------------------------------------------------------------------------------- model
@@ -301,22 +302,20 @@ class StreamUpdate(NamedTuple):
     chunk: str  # path of an mp4 file (H.264, FLAC), which the caller removes
     frames: list[FrameDetections]  # analysed since the last update
     output_frames: int  # how many the output has, counted from the beginning of the video
-    gpu_seconds: float  # since the call began
     is_end: bool  # of the video
-    tracker: ObjectTracker  # pass it to the next call
+    gpu_seconds: float  # since the call began
+    tracker: ObjectTracker
 
 
 class Batch(NamedTuple):
-    """Consecutive frames of the output that are detected together. `detect_batches` adds what has a default."""
+    """Consecutive frames of the output that are detected together: a chunk, or a part of one."""
 
     frames: list[Frame]
     start: int  # output index of the first one
     is_end: bool  # of the video
-    detections: Sequence[np.ndarray] = ()  # on each frame
-    analysed: Sequence[bool] = ()  # whether the model ran on the frame
+    detections: Sequence[np.ndarray] = ()  # on each frame; this and the rest is added by `detect_batches`
     cuts: Sequence[bool] = ()  # whether a new shot begins with the frame
     is_cached: bool = False  # whether no frame needed the model
-    previous: Frame | None = None  # the last frame of the batch before
 
 
 @spaces.GPU(duration=lambda *_, budget_seconds=GPU_SECONDS, **__: budget_seconds)
@@ -328,8 +327,7 @@ def stream_object_detection(
     tracks: bool = True,
     *,
     step: int = 1,
-    start: int = 0,
-    tracker: ObjectTracker | None = None,
+    after: StreamUpdate | None = None,
     cached: dict[int, np.ndarray] | None = None,
     folder: str | None = None,
     join_seconds: float = 0,
@@ -344,8 +342,7 @@ def stream_object_detection(
         resolution: A key of `RESOLUTIONS`.
         tracks: Draw the objects' numbers and trails.
         step: One in this many output frames is analysed; boxes on the others are interpolated.
-        start: The output frame to begin with.
-        tracker: Of the call that ended at `start`.
+        after: The last update of an earlier call, which this one resumes.
         cached: Detections by source index. These frames skip the model; new detections are added.
         folder: Where to write the chunks; by default the system's temporary folder.
         join_seconds: Cached frames up to this second of the video come as one long chunk.
@@ -357,45 +354,40 @@ def stream_object_detection(
     Raises:
         gr.Error: If the file is not a video that can be decoded.
     """
-    began, cached = time.monotonic(), {} if cached is None else cached
-    writer, index, found = None, start, []
+    began, cached, found, writer, previous = time.monotonic(), {} if cached is None else cached, [], None, None
     try:
         info = read_video_info(video)
         scale, fps = RESOLUTIONS[resolution].scale, info.fps / RESOLUTIONS[resolution].step
-        chunk_frames = max(1, round(CHUNK_SECONDS * fps))
-        tracker = tracker or ObjectTracker(fps)
+        chunk_frames = step * max(1, round(CHUNK_SECONDS * fps / step))
+        start, tracker = (after.output_frames, after.tracker) if after else (0, ObjectTracker(fps))
         audio = AudioReader(info, start / fps) if info.has_audio else None
-        deadline = began + budget_seconds - GPU_RESERVE_SECONDS
-
-        def write_sound() -> None:
-            if audio and len(samples := audio.read_until(index / fps)):
-                writer.write_audio(samples)
-
-        def finish_chunk(is_end: bool) -> StreamUpdate:
-            nonlocal writer, found
-            write_sound()
-            update = StreamUpdate(writer.close(), found, index, time.monotonic() - began, is_end, tracker)
-            writer, found = None, []
-            return update
-
-        batches = prefetch(read_batches(sample_frames(info, fps, scale, start), chunk_frames, start, step))
-        with contextlib.closing(prefetch(detect_batches(batches, cached, step, deadline))) as detected:
-            load_font()  # while the first frames are being read and detected
+        batches = prefetch(read_batches(sample_frames(info, fps, scale, start), start, step, chunk_frames))
+        detected = prefetch(detect_batches(batches, cached, step, began + budget_seconds - GPU_RESERVE_SECONDS))
+        with contextlib.closing(detected):
             for batch in detected:
                 selected = [select(detections, conf_threshold, classes) for detections in batch.detections]
                 objects = tracker.update(selected, batch.cuts)
-                found += draw_batch(batch, objects, tracker, tracks)
-                for index, frame in enumerate(batch.frames, batch.start + 1):
+                for frame, detections, drawn in zip(batch.frames, batch.detections, objects, strict=True):
+                    if frame is not previous:  # it comes again if the source shows it for longer
+                        trails = tracker.trails(drawn)
+                        draw(frame.image, drawn, trails if tracks else None)
+                        if frame.source_index in cached:
+                            place = frame.source_index, frame.pts_seconds, frame.source_size
+                            found.append(FrameDetections(*place, detections, drawn))
                     writer = writer or ChunkWriter(folder, frame.image.shape[1::-1], fps, bool(audio))
                     writer.write(frame.image)
-                    is_end = batch.is_end and index == batch.start + len(batch.frames)
-                    is_joined = batch.is_cached and index / fps <= join_seconds
-                    if is_end or (index % chunk_frames == 0 and not is_joined):
-                        yield finish_chunk(is_end)
-                if writer:
-                    write_sound()  # batch by batch, because a joined chunk may be long
+                    previous = frame
+                end = batch.start + len(batch.frames)
+                if audio:
+                    writer.write_audio(audio.read_until(end / fps))
+                is_joined = batch.is_cached and end / fps <= join_seconds
+                if batch.is_end or (end % chunk_frames == 0 and not is_joined):
+                    chunk, writer = writer.close(), None
+                    yield StreamUpdate(chunk, found, end, batch.is_end, time.monotonic() - began, tracker)
+                    found = []
         if writer:  # the budget is used up in mid-chunk
-            yield finish_chunk(is_end=False)
+            chunk, writer = writer.close(), None
+            yield StreamUpdate(chunk, found, end, False, time.monotonic() - began, tracker)
     except Exception as error:
         if ON_ZEROGPU or isinstance(error, VideoError):  # from a ZeroGPU's worker, only a `gr.Error` arrives whole
             raise user_facing_error(error) from error
@@ -405,11 +397,10 @@ def stream_object_detection(
             writer.discard()
 
 
-def read_batches(frames: Iterable[Frame], chunk_frames: int, start: int, step: int) -> Iterator[Batch]:
+def read_batches(frames: Iterable[Frame], start: int, step: int, chunk_frames: int) -> Iterator[Batch]:
     """The frames of each chunk in one batch, or in several if they are many or large.
 
-    If not every frame is analysed (`step` > 1), a batch ends with an analysed one after the end of the chunk: only then
-    the chunk is complete. No core stays idle for lack of a frame.
+    A batch ends with an analysed frame, the last of `step` frames, so that boxes on all others can be interpolated.
     """
     batch: list[Frame] = []
     is_full = False
@@ -418,15 +409,8 @@ def read_batches(frames: Iterable[Frame], chunk_frames: int, start: int, step: i
             yield Batch(batch, index - len(batch), is_end=False)
             batch = []
         batch.append(frame)
-        last_before = index - len(batch)
-        passes = index // step - last_before // step
-        if step == 1:
-            is_full = passes >= DETECTOR.batch_frames or (index + 1) % chunk_frames == 0
-        else:
-            has_chunk = index // chunk_frames > max(0, last_before) // chunk_frames
-            is_full = passes >= DETECTOR.batch_frames or (has_chunk and passes % DETECTOR.passes_at_once == 0)
-            is_full = is_full and index % step == 0
-        is_full = is_full or len(batch) * frame.image.nbytes > BATCH_BYTES
+        is_large = len(batch) >= step * DETECTOR.batch_frames or len(batch) * frame.image.nbytes > BATCH_BYTES
+        is_full = (index + 1) % chunk_frames == 0 or ((index + 1) % step == 0 and is_large)
     yield Batch(batch, index + 1 - len(batch), is_end=True)
 
 
@@ -437,10 +421,10 @@ def detect_batches(
 
     Ends at the first batch that needs the model after `deadline` (`time.monotonic`).
     """
-    find_cut, before, previous = CutFinder(), None, None
+    find_cut, before = CutFinder(), None
     with contextlib.closing(batches):
         for batch in batches:
-            due = [*batch.frames[-batch.start % step :: step], batch.frames[-1]]
+            due = [*batch.frames[(-batch.start - 1) % step :: step], batch.frames[-1]]
             due += batch.frames[:1] if before is None else []
             new = {frame.source_index: frame.image for frame in due if frame.source_index not in cached}
             if new and time.monotonic() > deadline:
@@ -448,35 +432,15 @@ def detect_batches(
             if new:
                 cached.update(zip(new, DETECTOR([*new.values()]), strict=True))
             cuts = [find_cut(frame.image) for frame in batch.frames]
-            known = [cached.get(frame.source_index) for frame in batch.frames]
-            detections, analysed = fill_gaps([before, *known], cuts), [found is not None for found in known]
-            yield Batch(*batch[:3], detections, analysed, cuts, is_cached=not new, previous=previous)
-            before, previous = detections[-1], batch.frames[-1]
+            detections = fill_gaps([before, *(cached.get(frame.source_index) for frame in batch.frames)], cuts)
+            yield Batch(*batch[:3], detections, cuts, is_cached=not new)
+            before = detections[-1]
 
 
 def select(detections: np.ndarray, conf_threshold: float, classes: Sequence[str]) -> np.ndarray:
     """The detections above the threshold and, unless `classes` is empty, in one of them."""
-    selected = detections[detections[:, 4] > conf_threshold]
-    if classes:
-        numbers = [number for number, label in DETECTOR.id2label.items() if label in classes]
-        selected = selected[np.isin(selected[:, 5], numbers)]
-    return selected
-
-
-def draw_batch(
-    batch: Batch, objects: Sequence[np.ndarray], tracker: ObjectTracker, tracks: bool
-) -> list[FrameDetections]:
-    """Draws the objects of each frame, (N, 7), and returns what is to be reported of the analysed ones."""
-    found, previous = [], batch.previous
-    for index, frame in enumerate(batch.frames):
-        if frame is not previous:  # it comes again if the source shows it for longer
-            trails = tracker.trails(objects[index], batch.start + index)
-            draw(frame.image, objects[index], trails if tracks else None)
-            if batch.analysed[index]:
-                place = (frame.source_index, frame.pts_seconds, frame.source_size)
-                found.append(FrameDetections(*place, batch.detections[index], objects[index]))
-        previous = frame
-    return found
+    numbers = [number for number, label in DETECTOR.id2label.items() if label in classes or not classes]
+    return detections[(detections[:, 4] > conf_threshold) & np.isin(detections[:, 5], numbers)]
 
 
 def draw(image: np.ndarray, objects: np.ndarray, trails: Sequence[np.ndarray] | None) -> None:
@@ -506,32 +470,19 @@ def prefetch(items: Generator[T], heartbeat_seconds: float | None = None) -> Gen
         heartbeat_seconds: After this long without an item, None is yielded.
     """
     executor, context = ThreadPoolExecutor(1, initializer=lower_thread_priority), contextvars.copy_context()
-    first = executor.submit(context.run, next, items, END)  # now, not when the first one is asked for
-
-    def results() -> Generator[T | None]:
-        step = first
-        try:
-            while True:
-                if not wait([step], heartbeat_seconds).done:
-                    yield None
-                elif (item := step.result()) is END:
-                    return
-                else:
-                    step = executor.submit(context.run, next, items, END)
-                    yield item
-        finally:
-            executor.submit(items.close)
-            executor.shutdown(wait=False)
-
-    return results()
-
-
-def in_thread(work: Callable[..., T], *args: object) -> Generator[T | None]:
-    """Yields None at least every `HEARTBEAT_SECONDS` until `work` is done, and then its result.
-
-    Gradio can close a generator only between its steps, so that none should take long.
-    """
-    return prefetch((work(*args) for _ in range(1)), HEARTBEAT_SECONDS)
+    item = executor.submit(context.run, next, items, END)
+    try:
+        while True:
+            if not wait([item], heartbeat_seconds).done:
+                yield None
+            elif (result := item.result()) is END:
+                return
+            else:
+                item = executor.submit(context.run, next, items, END)
+                yield result
+    finally:
+        executor.submit(items.close)
+        executor.shutdown(wait=False)
 
 
 # --------------------------------------------------------------------------------------------------------- tracks
@@ -568,8 +519,7 @@ class ObjectTracker:
             minimum_consecutive_frames=max(2, round(NEW_SECONDS * fps)),
             **TRACKER,
         )
-        self._trail_frames = round(TRAIL_SECONDS * fps)
-        self._trails: dict[tuple[float, float], list[tuple]] = {}  # output index and centre, by label and number
+        self._recent: deque[np.ndarray] = deque(maxlen=round(TRAIL_SECONDS * fps))  # numbered objects per frame
         self._count: Counter[float] = Counter()  # objects of each label
         self._numbers: dict[int, int] = {}  # by the id of the library's track
 
@@ -606,17 +556,12 @@ class ObjectTracker:
         self._numbers = {track: number for track, number in self._numbers.items() if track in alive}
         return numbers
 
-    def trails(self, objects: np.ndarray, output_index: int) -> list[np.ndarray]:
-        """Earlier centres of each object, (K, 2), oldest first, relative to the frame. Stores the current centres."""
-        oldest = output_index - self._trail_frames
-        self._trails = {key: trail for key, trail in self._trails.items() if trail[-1][0] >= oldest}
-        trails = []
-        for x1, y1, x2, y2, _, *key in objects.tolist():
-            trail = [point for point in self._trails.get(tuple(key), ()) if point[0] >= oldest]
-            trails.append(np.array(trail).reshape(-1, 3)[:, 1:])
-            if key[1]:
-                self._trails[tuple(key)] = [*trail, (output_index, (x1 + x2) / 2, (y1 + y2) / 2)]
-        return trails
+    def trails(self, objects: np.ndarray) -> list[np.ndarray]:
+        """Earlier centres of each object, (K, 2), oldest first, relative to the frame. Stores the current ones."""
+        past = np.concatenate([objects[:0], *self._recent])
+        self._recent.append(objects[objects[:, 6] > 0])
+        same = [past[(past[:, 5:] == key).all(axis=1)] for key in objects[:, 5:]]
+        return [(boxes[:, :2] + boxes[:, 2:4]) / 2 for boxes in same]
 
 
 def look_back(detections: np.ndarray, numbers: np.ndarray, later: np.ndarray, later_numbers: np.ndarray) -> None:
@@ -706,37 +651,13 @@ def step_to_keep_up(video: str, modified: float, resolution: str) -> int:
     return max(1, min(needed, int(MOST_GAP_SECONDS * fps)))
 
 
-class GpuPace:
-    """How many seconds of a ZeroGPU a run requests, from what the calls before it took."""
-
-    def __init__(self):
-        self._frames, self._seconds = 300.0, 6.0  # a first guess of 20 ms per output frame
-
-    def learn(self, frames: int, seconds: float) -> None:
-        """A call took `seconds`, measured where the GPU is, for `frames` output frames."""
-        # Each call counts by its length, and the past fades, so that one short, slow clip changes little.
-        self._frames, self._seconds = 0.9 * self._frames + frames, 0.9 * self._seconds + seconds
-
-    def budget_seconds(self, frames: int) -> int:
-        """For `frames` output frames: a fixed part for the start and the end, and half as much again per frame."""
-        return math.ceil(min(GPU_SECONDS, 2 * GPU_RESERVE_SECONDS + 1.5 * frames * self._seconds / self._frames))
-
-
-GPU_PACE = GpuPace()
 TABLE_HEADERS = ["Class", "Objects", "Most at once", "First (s)", "Last (s)"]
-COLUMNS = ["time_seconds", "frame", "label", "track", "score", "x1", "y1", "x2", "y2"]
-
-
-class Seen(NamedTuple):
-    """When and for how long an object has been seen so far."""
-
-    seconds: float  # how long it was seen
-    first: float  # second of the video
-    last: float
+BOX_COLUMNS = ["x1", "y1", "x2", "y2"]
+COLUMNS = ["time_seconds", "frame", "label", "track", "score", *BOX_COLUMNS]
 
 
 class Report:
-    """What a run has found so far, for the page's status, table and plot, and for the files in `folder`."""
+    """The settings of a run and what it has found so far, for the page and for the files in `folder`."""
 
     def __init__(
         self,
@@ -752,31 +673,19 @@ class Report:
         file = (video, os.path.getmtime(video), resolution)
         self.cached, self.step = cached_detections(*file), step_to_keep_up(*file) if analysed == ANALYSED[0] else 1
         self.chunks: list[str] = []
-        self.folder, self.failure = "", None
-        self.output_frames, self.is_end, self.waits_for_gpu = 0, False, False
-        self._started, self._frames, self._source_size = time.monotonic(), 0, (None, None)
+        self.folder, self.failure, self.waits_for_gpu = "", None, False
+        self.output_frames, self.is_end = 0, False
+        self._started, self._frames, self._source_size, self._picture = time.monotonic(), 0, (None, None), ""
         self._rows: list[np.ndarray] = []  # a float32 (N, 9) array per frame: `COLUMNS`, with the label's number
-        self._seen: dict[tuple[float, float], Seen] = {}  # by label and number
-        # For each point of the plot: which objects were together on a frame.
-        self._together: dict[int, set[frozenset]] = {}
-        self._seconds_per_point = max(1, math.ceil(self.info.duration_seconds / 200))
-        # One flickering frame must not count as an object, but a short video can have objects.
-        self._believed_seconds = min(BELIEVED_SECONDS, self.info.duration_seconds / 2)
 
     def add(self, update: StreamUpdate) -> None:
+        self.chunks.append(update.chunk)
         self.output_frames, self.is_end = update.output_frames, update.is_end
         self._frames += len(update.frames)
-        self.chunks.append(update.chunk)
         for index, seconds, self._source_size, _, objects in update.frames:
             when = np.broadcast_to((seconds, index), (len(objects), 2))
             boxes = np.clip(objects[:, :4], 0, 1) * (self._source_size * 2)
             self._rows.append(np.column_stack((when, objects[:, [5, 6, 4]], boxes)).astype(np.float32))
-            keys = frozenset((label, number) for label, number in objects[:, 5:].tolist() if number)
-            point = int(seconds) // self._seconds_per_point * self._seconds_per_point
-            self._together.setdefault(point, set()).add(keys)
-            for key in keys:
-                total, first, last = self._seen.get(key, (0.0, seconds, seconds))
-                self._seen[key] = Seen(total + min(seconds - last, MOST_GAP_SECONDS), first, seconds)
 
     @property
     def seconds(self) -> float:
@@ -792,168 +701,149 @@ class Report:
         elapsed, total = time.monotonic() - self._started, self.info.duration_seconds
         speed = self.seconds / elapsed if elapsed else 0.0
         if ended:
-            progress = f"{ended}: {self.seconds:.1f} s of video in {elapsed:.1f} s"
             found = sum(map(len, self._rows))
-            progress += f", {found:,} detections on {self._frames:,} frames"
+            status = f"{ended}: {self.seconds:.1f} s of video in {elapsed:.1f} s"
+            status += f", {found:,} detections on {self._frames:,} frames"
             if not found:
-                progress += f" · Nothing above {self.conf_threshold:g}. Try a lower threshold."
+                status += f" · Nothing above {self.conf_threshold:g}. Try a lower threshold."
         elif self.waits_for_gpu:
-            progress = f"Waiting for a GPU… · {self.seconds:.1f} of {total:.1f} s"
-        elif not self.seconds:
-            seconds = min(CHUNK_SECONDS, total)
-            needed = math.ceil(seconds * self.fps / self.step) + (self.step > 1)
-            done = min(len(self.cached), needed)
-            progress = f"First chunk: {done} of {needed} frames"
-            if done:
-                progress += f", {elapsed / done * (needed - done):.0f} s left"
+            status = f"Waiting for a GPU… · {self.seconds:.1f} of {total:.1f} s"
+        elif self.seconds:
+            status = f"{self.seconds:.1f} of {total:.1f} s · {(total - self.seconds) / speed:.0f} s left"
         else:
-            progress = f"{self.seconds:.1f} of {total:.1f} s · {(total - self.seconds) / speed:.0f} s left"
+            needed = math.ceil(min(CHUNK_SECONDS, total) * self.fps / self.step) + (self.step > 1)
+            done = min(len(self.cached), needed)
+            status = f"First chunk: {done} of {needed} frames"
+            if done:
+                status += f", {elapsed / done * (needed - done):.0f} s left"
         if self.step > 1:
-            progress += f" · analysing every {self.step}{ {2: 'nd', 3: 'rd'}.get(self.step, 'th') } frame"
-        return f"{progress} · {speed:.1f}× real time · {DETECTOR.name} on {DEVICE.type}"
-
-    def _believed(self) -> set[tuple[float, float]]:
-        """Label and number of each object that was seen long enough."""
-        return {key for key, seen in self._seen.items() if seen.seconds >= self._believed_seconds}
-
-    def counts(self) -> pd.DataFrame:
-        """The most objects at once, believed ones only: a row per point of the plot, a column per label number."""
-        believed = self._believed()
-        counts = {
-            point: Counter() | reduce(or_, (Counter(label for label, _ in keys & believed) for keys in together))
-            for point, together in self._together.items()
-        }
-        return pd.DataFrame.from_dict(counts, orient="index").fillna(0).astype(int)
-
-    def table(self, counts: pd.DataFrame) -> pd.DataFrame:
-        """A row per class: how many objects, the most at once, and when the first and the last one were seen."""
-        seen = [(key[0], *self._seen[key]) for key in self._believed()]
-        rows = (
-            pd.DataFrame(seen, columns=["label", *Seen._fields])
-            .groupby("label")
-            .agg(objects=("label", "size"), first=("first", "min"), last=("last", "max"))
-        )
-        rows.insert(1, "most", counts.max())
-        rows = rows.rename(index=DETECTOR.id2label).rename_axis("class").reset_index().round(1)
-        return rows.sort_values(["objects", "class"], ascending=[False, True]).set_axis(TABLE_HEADERS, axis=1)
-
-    def plot(self, counts: pd.DataFrame) -> dict:
-        """An update of the page's plot: the most objects of each class at once, over time."""
-        points = range(0, int(self.seconds - 1 / self.fps) + 1, self._seconds_per_point)
-        counts = counts.rename(columns=DETECTOR.id2label).reindex(points, fill_value=0)
-        rows = counts.rename_axis("second").reset_index().melt("second", var_name="class", value_name="count")
-        return gr.update(
-            value=rows,
-            x_lim=[0, self.info.duration_seconds],  # fixed, so that the axis keeps still
-            y_lim=[0, max([5, *rows["count"]])],  # below 5, the axis would have ticks at halves
-            visible=len(counts.columns) > 0 or "hidden",
-        )
-
-    def plot_colors(self) -> dict:
-        """A second update of the plot, with the colours of all classes so far.
-
-        `gr.LinePlot` rebuilds its scales and legend only when a property changes, not with new rows, and with the rows
-        of the update before: otherwise, a class that appears later would stay invisible.
-        """
-        labels = sorted({DETECTOR.id2label[label] for label, _ in self._believed()})
-        return gr.update(color_map={label: label_color(label) for label in labels})
-
-    def results(self) -> dict[str, object]:
-        """Values for the page's components."""
-        counts = self.counts()
-        return {"table": self.table(counts), "plot": self.plot(counts), "progress": self.progress()}
+            status += f" · analysing every {self.step}{ {2: 'nd', 3: 'rd'}.get(self.step, 'th') } frame"
+        return f"{status} · {speed:.1f}× real time · {DETECTOR.name} on {DEVICE.type}"
 
     def progress(self) -> str:
-        """A bar over the whole video, with the analysed part filled."""
+        """A bar over the whole video, with the analysed part filled. Until the stream plays, the first frame is above.
+
+        The page hides the picture once the video plays.
+        """
+        if 0 in self.cached and not self.chunks and time.monotonic() - self._started > PICTURE_AFTER_SECONDS:
+            self._picture = self._picture or self.first_frame()
+        picture = self._picture if len(self.chunks) < 2 else ""
         bar = f'<progress value="{self.seconds:.1f}" max="{self.info.duration_seconds:.1f}"></progress>'
-        return f'{bar}<span class="hint">{"" if self.is_end else "Waiting for more…"}</span>'
+        return f'{picture}{bar}<span class="hint">{"" if self.is_end else "Waiting for more…"}</span>'
+
+    def first_frame(self) -> str:
+        """The first frame with its boxes, as an HTML image."""
+        frame = next(sample_frames(self.info, self.fps, RESOLUTIONS[self.resolution].scale))
+        selected = select(self.cached[frame.source_index], self.conf_threshold, self.classes)
+        draw(frame.image, np.column_stack((selected, np.zeros(len(selected)))), None)
+        jpeg = base64.b64encode(cv2.imencode(".jpg", frame.image)[1]).decode()
+        return f'<img alt="First frame" src="data:image/jpeg;base64,{jpeg}">'
 
     def detections(self) -> pd.DataFrame:
         """A row per detection, with the columns of the CSV file; boxes in pixels of the source."""
-        table = pd.DataFrame(np.concatenate([np.zeros((0, 9)), *self._rows]), columns=COLUMNS).astype({"frame": int})
+        table = pd.DataFrame(np.concatenate([np.zeros((0, len(COLUMNS))), *self._rows]), columns=COLUMNS)
+        table = table.astype({"frame": int, "track": "Int64"}).replace({"track": {0: pd.NA}})
         table["label"] = table["label"].map(DETECTOR.id2label).astype(object)
-        table["track"] = table["track"].astype("Int64").replace(0, pd.NA)
-        return table.round({"time_seconds": 3, "score": 4, "x1": 1, "y1": 1, "x2": 1, "y2": 1})
+        return table.round({"time_seconds": 3, "score": 4} | dict.fromkeys(BOX_COLUMNS, 1))
+
+    def believed(self) -> pd.DataFrame:
+        """The detections of objects that were seen long enough: one flickering frame is none."""
+        found = self.detections().dropna(subset="track")
+        objects = [found["label"], found["track"]]
+        seconds = found.groupby(objects)["time_seconds"].diff().clip(upper=MOST_GAP_SECONDS)
+        enough = min(BELIEVED_SECONDS, self.info.duration_seconds / 2)  # a short video can have objects
+        return found[seconds.groupby(objects).transform("sum") >= enough]
+
+    def results(self) -> Iterator[dict[gr.Component, object]]:
+        """New values for the page's table and plot."""
+        found, duration_seconds = self.believed(), self.info.duration_seconds
+        at_once = found.groupby(["frame", "time_seconds", "label"]).size().rename("count").reset_index()
+        rows = found.groupby("label").agg(
+            objects=("track", "nunique"), first=("time_seconds", "min"), last=("time_seconds", "max")
+        )
+        rows.insert(1, "most", at_once.groupby("label")["count"].max())
+        rows = rows.rename_axis("class").reset_index().round(1).set_axis(TABLE_HEADERS, axis=1)
+        yield {table: rows.sort_values(["Objects", "Class"], ascending=[False, True])}
+        seconds_per_point = max(1, math.ceil(duration_seconds / 200))
+        at_once["second"] = at_once["time_seconds"] // seconds_per_point * seconds_per_point
+        points = range(0, int(self.seconds - 1 / self.fps) + 1, seconds_per_point)
+        counts = at_once.pivot_table("count", "second", "label", "max").reindex(points).fillna(0).astype(int)
+        counts = counts.rename_axis("second").reset_index().melt("second", var_name="class", value_name="count")
+        yield {
+            plot: gr.update(
+                value=counts,
+                x_lim=[0, duration_seconds],  # fixed, so that the axis keeps still
+                y_lim=[0, max([5, *counts["count"]])],  # below 5, the axis would have ticks at halves
+                visible=len(counts) > 0 or "hidden",
+            )
+        }
+        # `gr.LinePlot` rebuilds its scales and legend only when a property changes, not with new rows, and with the
+        # rows of the update before: without this second update, a class that appears later would stay invisible.
+        yield {plot: gr.update(color_map={label: label_color(label) for label in rows["Class"]})}
 
     def save(self) -> list[str]:
-        """Writes the annotated video, and the detections as CSV and JSON. Returns their paths."""
-        base, detections = os.path.join(self.folder, Path(self.info.path).stem), self.detections()
+        """Writes the annotated video, and the detections as CSV and JSON, which README.md describes. Returns paths."""
+        base, found = os.path.join(self.folder, Path(self.info.path).stem), self.detections()
         paths = [f"{base}-boxes.mp4", f"{base}.csv", f"{base}.json"]
         join_chunks(self.chunks, paths[0])
-        detections.to_csv(paths[1], index=False)
-        content = json.dumps(self.as_dict(detections), ensure_ascii=False)
-        Path(paths[2]).write_text(content, encoding="utf-8")
-        return paths
-
-    def as_dict(self, detections: pd.DataFrame) -> dict:
-        """The content of the JSON file, which README.md describes."""
-        boxes = detections[COLUMNS[5:]].to_numpy().tolist()
-        others = detections[COLUMNS[:5]].astype(object).where(detections[COLUMNS[:5]].notna(), None)
+        found.to_csv(paths[1], index=False)
         (width, height), duration = self._source_size, round(self.info.duration_seconds, 3)
-        return {
+        found["box"] = found[BOX_COLUMNS].to_numpy().tolist()
+        content = {
             "model": DETECTOR.name,
             "threshold": self.conf_threshold,
             "classes": self.classes,
             "analysed_seconds": round(self.seconds, 3),
             "video": {"width": width, "height": height, "fps": float(self.info.fps), "duration_seconds": duration},
-            "detections": [row | {"box": box} for row, box in zip(others.to_dict("records"), boxes, strict=True)],
+            "detections": json.loads(found.drop(columns=BOX_COLUMNS).to_json(orient="records")),
         }
+        Path(paths[2]).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        return paths
 
 
 # ----------------------------------------------------------------------------------------------------------- runs
 
 
+@dataclass(eq=False)
 class Run:
     """A session's run, from queueing to its end."""
 
-    def __init__(self, session: str):
-        self.session, self.is_stopped, self.has_ended = session, False, threading.Event()
-
-    @property
-    def is_replaced(self) -> bool:
-        return RUNS.get(self.session) is not self
+    session: object
+    is_stopped: bool = False
+    is_replaced: bool = False
+    has_ended: threading.Event = field(default_factory=threading.Event)
 
 
-RUNS: dict[str, Run] = {}  # the current run of each session
 QUEUE: list[Run] = []  # all runs in the order of their arrival; the first `VISITORS_AT_ONCE` are in progress
-RUNS_LOCK = threading.Lock()
+QUEUE_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
-def new_run(session: str) -> Iterator[Run]:
+def new_run(session: object) -> Iterator[Run]:
     """Makes a run that takes the place of the session's run, if any, once that one has sent its last output."""
     run = Run(session)
-    with RUNS_LOCK:
+    with QUEUE_LOCK:
         if len(QUEUE) >= MAX_QUEUE:
             raise gr.Error("Too many people are using this app. Try again in a few minutes.", title="Busy")
-        previous, RUNS[session] = RUNS.get(session), run
+        previous = [other for other in QUEUE if other.session == session]
         QUEUE.append(run)
     try:
-        if previous:
-            previous.is_stopped = True
-            previous.has_ended.wait(timeout=2)
+        for other in previous:
+            other.is_stopped = other.is_replaced = True
+            other.has_ended.wait(timeout=2)
         yield run
     finally:
         run.has_ended.set()
-        with RUNS_LOCK:
-            QUEUE.remove(run)
-            if not run.is_replaced:
-                del RUNS[session]
+        QUEUE.remove(run)
 
 
 def stop_run(request: gr.Request) -> None:
     """Ends the session's run. Everything that it has streamed stays."""
-    if run := RUNS.get(request.session_hash):
-        run.is_stopped = True
+    for run in list(QUEUE):
+        run.is_stopped |= run.session == request.session_hash
 
 
-# Updates of the page's components
-CLEARED = {"processed": gr.update(value=None), "table": None, "plot": gr.update(visible="hidden"), "progress": ""}
-RUNNING = {"start": gr.update(interactive=False), "stop": gr.update(interactive=True), "files": None}
-IDLE = {"start": gr.update(interactive=True), "stop": gr.update(interactive=False)}
-
-
-def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dict[str, object]]:
+def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dict[gr.Component, object]]:
     """A run from the queue to its end, as new values for the page: status, chunks, results so far, and then files.
 
     Args:
@@ -965,23 +855,23 @@ def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dic
     """
     try:
         while not run.is_stopped and (position := QUEUE.index(run) - VISITORS_AT_ONCE + 1) > 0:
-            yield {"status": f"Waiting in the queue: position {position}."}
+            yield {status: f"Waiting in the queue: position {position}."}
             time.sleep(HEARTBEAT_SECONDS)
-        for report in in_thread(Report, *settings):
-            yield {"status": report.status() if report else "Reading the video…"}
+        yield {status: "Reading the video…"}
+        report = Report(*settings)
         with contextlib.closing(prefetch(stream_into(report, join_seconds), HEARTBEAT_SECONDS)) as updates:
             while not (run.is_stopped or report.is_end or report.failure):
-                update = next(updates)
-                if update:
+                if update := next(updates):
                     report.add(update)
-                    yield {"processed": update.chunk, **report.results()}
-                    yield {"plot": report.plot_colors()}
-                yield {"status": report.status(), "progress": report.progress()}
+                    yield {processed: update.chunk}
+                    yield from report.results()
+                yield {status: report.status(), progress: report.progress()}
             ended = "Ended early" if report.failure else "Stopped" if run.is_stopped else "Done"
-            yield {"status": report.status(ended), **report.results(), **IDLE}
+            yield {status: report.status(ended), progress: report.progress(), **buttons(running=False)}
+            yield from report.results()
             report.warn_if_damaged()
-            for files in in_thread(report.save) if report.chunks else ():
-                yield {"files": files} if files else {}
+            if report.chunks:
+                yield {files: report.save()}
         if report.failure:
             if report.chunks:
                 report.failure.message += (
@@ -991,7 +881,7 @@ def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dic
     except Exception as error:
         error = user_facing_error(error)
         error.visible = error.print_exception = False  # the status line and the log have it
-        yield {"status": error.message, **IDLE}
+        yield {status: error.message, **buttons(running=False)}
         raise error from None
 
 
@@ -1011,30 +901,34 @@ def stream_into(report: Report, join_seconds: float = 0) -> Generator[StreamUpda
 
 def stream_in_calls(report: Report, join_seconds: float) -> Generator[StreamUpdate]:
     """On ZeroGPU, cached frames without a GPU, and the rest in as many calls as needed; elsewhere, a single call."""
-    info, start, is_end, with_gpu, update = report.info, 0, False, not ON_ZEROGPU, None
-    while not is_end:
-        budget_seconds = math.inf if with_gpu else 0
+    with_gpu, update, output_frames, seconds_per_frame = not ON_ZEROGPU, None, 0, GPU_SECONDS_PER_FRAME
+    while not (update and update.is_end):
+        budget_seconds, start = math.inf if with_gpu else 0, output_frames
         if with_gpu and ON_ZEROGPU:
-            budget_seconds = GPU_PACE.budget_seconds(round(info.duration_seconds * report.fps) - start)
+            frames = round(report.info.duration_seconds * report.fps) - start
+            budget_seconds, report.waits_for_gpu = gpu_budget_seconds(frames, seconds_per_frame), True
         stream = stream_object_detection if with_gpu else unwrap(stream_object_detection)
-        report.waits_for_gpu, first = with_gpu and ON_ZEROGPU, None
         updates = stream(
-            info.path, report.conf_threshold, report.classes, report.resolution, report.tracks, step=report.step,
-            start=start, tracker=update and update.tracker,
+            report.info.path, report.conf_threshold, report.classes, report.resolution, report.tracks,
+            step=report.step, after=update, folder=report.folder, join_seconds=join_seconds,
             cached=dict(report.cached) if ON_ZEROGPU else report.cached,  # a copy: it is pickled while others add to it
-            folder=report.folder, join_seconds=join_seconds, budget_seconds=budget_seconds,
+            budget_seconds=budget_seconds,
         )  # fmt: skip
         with contextlib.closing(updates):
             for update in updates:
-                report.waits_for_gpu, first = False, first or update
+                report.waits_for_gpu, output_frames = False, update.output_frames
                 report.cached.update((frame.source_index, frame.detections) for frame in update.frames)
-                start, is_end = update.output_frames, update.is_end
                 yield update
-        if with_gpu and not first:
+        if with_gpu and output_frames == start:
             raise gr.Error("The GPU was not fast enough for a single frame.", title="No result")
-        if with_gpu:  # the first update contains the start of the GPU
-            GPU_PACE.learn(update.output_frames - first.output_frames, update.gpu_seconds - first.gpu_seconds)
+        if with_gpu:
+            seconds_per_frame = update.gpu_seconds / (output_frames - start)
         with_gpu = not with_gpu or not ON_ZEROGPU
+
+
+def gpu_budget_seconds(frames: int, seconds_per_frame: float) -> int:
+    """How long to request a ZeroGPU for that many output frames: half as long again, and some time to start and end."""
+    return math.ceil(min(GPU_SECONDS, 2 * GPU_RESERVE_SECONDS + 1.5 * frames * seconds_per_frame))
 
 
 def user_facing_error(error: Exception) -> gr.Error:
@@ -1053,12 +947,15 @@ def user_facing_error(error: Exception) -> gr.Error:
 
 # ----------------------------------------------------------------------------------------------------------- page
 
-OUTPUTS = ("processed", "status", "table", "plot", "files", "progress", "start", "stop")
+# Handlers yield new values for components of the page, which are defined below.
 
 
-def page_update(**values: object) -> tuple:
-    """A value for each component in `OUTPUTS`; those that are not named stay as they are."""
-    return tuple(copy(values.get(name, gr.skip())) for name in OUTPUTS)  # copies, because Gradio empties updates
+def buttons(running: bool) -> dict:
+    return {start: gr.update(interactive=not running), stop: gr.update(interactive=running)}
+
+
+def cleared() -> dict:
+    return {processed: gr.update(value=None), table: None, plot: gr.update(visible="hidden"), progress: ""}
 
 
 def stream_to_page(
@@ -1070,7 +967,7 @@ def stream_to_page(
     tracks: bool,
     playhead_seconds: float,
     request: gr.Request,
-) -> Iterator[tuple]:
+) -> Iterator[dict]:
     """Detect objects on a video and watch them: the annotated video as an HLS stream, chunk by chunk.
 
     Args:
@@ -1086,19 +983,19 @@ def stream_to_page(
     with new_run(request.session_hash) as run:
         time.sleep(SETTLE_SECONDS)
         if run.is_replaced:
-            yield page_update()  # without any output, Gradio would empty all components
+            yield {status: gr.skip()}  # without any output, Gradio would empty all components
             return
         if video is None:
-            yield page_update(status=WELCOME, **CLEARED, **IDLE, files=None)
+            yield {status: WELCOME, files: None, **cleared(), **buttons(running=False)}
             return
-        yield page_update(**RUNNING, **(CLEARED if playhead_seconds < 0 else {}))
+        yield {files: None, **buttons(running=True), **(cleared() if playhead_seconds < 0 else {})}
         settings = (video, conf_threshold, classes, resolution, analysed, tracks)
         for values in follow(run, *settings, join_seconds=playhead_seconds):
             if run.is_replaced:
                 break
-            yield page_update(**values)
+            yield values
     # When a run ends, Gradio sends its last output again, perhaps after the first one of its successor.
-    yield page_update()
+    yield {status: gr.skip()}
 
 
 def detect_video(
@@ -1117,27 +1014,17 @@ def detect_video(
     Returns:
         The annotated video as one mp4 file with sound, and the detections, as README.md describes them.
     """
-    with new_run(uuid.uuid4().hex) as run:
+    with new_run(object()) as run:
         for values in follow(run, video, conf_threshold, classes, resolution, analysed, tracks):
-            if files := values.get("files"):
-                annotated, _, detections = files
+            if files in values:
+                annotated, _, detections = values[files]
                 yield annotated, json.loads(Path(detections).read_text(encoding="utf-8"))
             else:
                 yield None, None  # so that Gradio notices a client that has left
 
 
-class BlockScreenRecordingRoute:
-    """ASGI middleware. Gradio's screen recorder hands any upload to ffmpeg, which would follow a playlist in it."""
-
-    def __init__(self, app: Callable):
-        self.app = app
-
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        blocked = scope["type"] == "http" and "/process_recording" in scope["path"]
-        await (PlainTextResponse("Not found", 404) if blocked else self.app)(scope, receive, send)
-
-
 WEBCAM = gr.WebcamOptions(constraints={"video": {"width": {"ideal": 1280}, "height": {"ideal": 720}}})
+PLAYER_HEIGHT = "clamp(220px, 32vw, 480px)"  # reserved from the start, so that nothing jumps
 WELCOME = "Upload a video, record one, or click an example."
 STREET_VIDEO = "https://github.com/intel-iot-devkit/sample-videos/raw/master/person-bicycle-car-detection.mp4"
 HEAD = """
@@ -1150,6 +1037,7 @@ const seek = (seconds) => { if (player()) player().currentTime = seconds; };
 let left = null;  // the previous stream: its URL and position in seconds
 const startOver = (inputs) => {
     left = null;
+    document.body.classList.remove("playing");
     document.querySelector("#processed").scrollIntoView({behavior: "smooth", block: "nearest"});
     return [...inputs.slice(0, -1), -1];
 };
@@ -1169,7 +1057,10 @@ for (const type of ["canplay", "progress", "ended"]) document.addEventListener(t
 // Gradio's player does not say that it has caught up with the stream. For an upload that the browser cannot play (but
 // this app may), it shows "Video not playable" and a duration of NaN.
 for (const type of ["waiting", "playing", "error", "loadedmetadata"]) document.addEventListener(type, (event) => {
-    if (event.target === player()) document.body.classList.toggle("stalled", type === "waiting");
+    if (event.target === player()) {
+        document.body.classList.toggle("stalled", type === "waiting");
+        if (type === "playing") document.body.classList.add("playing");
+    }
     else if (event.target.closest?.("#source")) {
         document.body.classList.toggle("unplayable", type === "error");
         if (type === "error") event.stopImmediatePropagation();
@@ -1212,7 +1103,10 @@ CSS = """
 #source video { max-height: clamp(180px, 28vw, 430px); object-fit: contain; }
 .unplayable #source .controls, #files .label-clear-button { display: none; }
 #threshold input[type=range]:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 4px; }
-#progress { height: 60px; }
+#progress { height: 60px; overflow: visible; }
+#progress img { position: absolute; bottom: calc(100% + var(--layout-gap)); width: 100%; object-fit: contain;
+    height: clamp(220px, 32vw, 480px); pointer-events: none; }
+.playing #progress img { display: none; }
 #progress progress { width: 100%; height: 8px; appearance: none; border: none; border-radius: 4px; cursor: pointer; }
 #progress progress, ::-webkit-progress-bar { background: var(--neutral-300); border-radius: 4px; }
 #progress ::-webkit-progress-value { background: var(--color-accent); border-radius: 4px; }
@@ -1233,90 +1127,78 @@ body:not(.stalled) #progress .hint { visibility: hidden; }
 """
 
 
-def build_page() -> gr.Blocks:
-    with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 86400)) as page:
-        intro = "Upload a video and watch RT-DETR find the objects in it."
-        gr.Markdown(f"# Streaming video object detection\n{intro} <small>Model: {DETECTOR.name}</small>")
-        if MODEL_NOTE:
-            gr.Markdown(MODEL_NOTE)
-        with gr.Row(elem_id="columns"):
-            with gr.Column():
-                # With `include_audio=False`, Gradio would hand each upload, unchecked, to ffmpeg.
-                source = gr.Video(label="Video source", include_audio=True, webcam_options=WEBCAM, elem_id="source")
-                if "person" in DETECTOR.id2label.values():
-                    gr.Markdown(
-                        f"The model knows people, vehicles, animals and things, but not the shapes in these examples. "
-                        f"No video at hand? Try this [street]({STREET_VIDEO})."
-                    )
-                gr.Examples(sorted(map(str, EXAMPLES.glob("*.mp4"))), inputs=source)
-                with gr.Column(elem_id="settings"):
-                    conf_threshold = gr.Slider(
-                        0, 1, value=0.30, step=0.05, label="Confidence threshold", elem_id="threshold",
-                        info=f"Nothing below {MIN_SCORE} is kept.",
-                    )  # fmt: skip
-                    classes = gr.Dropdown(
-                        list(DETECTOR.id2label.values()), multiselect=True, label="Classes",
-                        info="Leave empty to show everything.",
-                    )  # fmt: skip
-                    names = ("Faster (half size, every 2nd frame)", "Full quality")
-                    choices = list(zip(names, RESOLUTIONS, strict=True))
-                    resolution = gr.Radio(choices, value=HALF, label="Size and frame rate")
-                    analysed = gr.Radio(ANALYSED, value=ANALYSED[0], label="Frames analysed")
-                    tracks = gr.Checkbox(True, label="Tracks", info="Show object numbers and trails.")
-            with gr.Column():
-                height = "clamp(220px, 32vw, 480px)"  # reserved from the start, so that nothing jumps
-                processed = gr.Video(
-                    label="Detections", streaming=True, autoplay=True, buttons=[], height=height, elem_id="processed"
+with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 86400)) as demo:
+    intro = "Upload a video and watch RT-DETR find the objects in it."
+    gr.Markdown(f"# Streaming video object detection\n{intro} <small>Model: {DETECTOR.name}</small>")
+    if MODEL_NOTE:
+        gr.Markdown(MODEL_NOTE)
+    with gr.Row(elem_id="columns"):
+        with gr.Column():
+            # With `include_audio=False`, Gradio would hand each upload, unchecked, to ffmpeg.
+            source = gr.Video(label="Video source", include_audio=True, webcam_options=WEBCAM, elem_id="source")
+            if "person" in DETECTOR.id2label.values():
+                gr.Markdown(
+                    f"The model knows people, vehicles, animals and things, but not the shapes in these examples. "
+                    f"No video at hand? Try this [street]({STREET_VIDEO})."
                 )
-                progress = gr.HTML(elem_id="progress")
-                status = gr.Markdown(WELCOME, elem_id="status")
-                with gr.Row():
-                    start, stop = gr.Button("Run again", interactive=False), gr.Button("Stop", interactive=False)
-                with gr.Column(elem_id="results"):
-                    widths = ["25%", "22%", "21%", "16%", "16%"]
-                    table = gr.Dataframe(
-                        headers=TABLE_HEADERS, column_widths=widths, label="Objects found", interactive=False,
-                        elem_id="table",
-                    )  # fmt: skip
-                    plot = gr.LinePlot(
-                        pd.DataFrame(columns=["second", "class", "count"]),
-                        x="second", y="count", color="class", x_title="Seconds", y_title="Most at once",
-                        y_axis_format="d", height=240, visible="hidden", elem_id="plot",
-                    )  # fmt: skip
-                    files = gr.File(
-                        label="Results (available when the run ends)",
-                        file_count="multiple",
-                        interactive=False,
-                        height=190,
-                        elem_id="files",
-                    )
+            gr.Examples(sorted(map(str, EXAMPLES.glob("*.mp4"))), inputs=source)
+            with gr.Column(elem_id="settings"):
+                hint = f"Nothing below {MIN_SCORE} is kept."
+                threshold = gr.Slider(
+                    0, 1, 0.30, step=0.05, label="Confidence threshold", info=hint, elem_id="threshold"
+                )
+                labels, hint = list(DETECTOR.id2label.values()), "Leave empty to show everything."
+                classes = gr.Dropdown(labels, multiselect=True, label="Classes", info=hint)
+                names = ("Faster (half size, every 2nd frame)", "Full quality")
+                choices = list(zip(names, RESOLUTIONS, strict=True))
+                resolution = gr.Radio(choices, value=HALF, label="Size and frame rate")
+                analysed = gr.Radio(ANALYSED, value=ANALYSED[0], label="Frames analysed")
+                tracks = gr.Checkbox(True, label="Tracks", info="Show object numbers and trails.")
+        with gr.Column():
+            processed = gr.Video(
+                label="Detections", streaming=True, autoplay=True, buttons=[], height=PLAYER_HEIGHT, elem_id="processed"
+            )
+            progress = gr.HTML(elem_id="progress")
+            status = gr.Markdown(WELCOME, elem_id="status")
+            with gr.Row():
+                start, stop = gr.Button("Run again", interactive=False), gr.Button("Stop", interactive=False)
+            with gr.Column(elem_id="results"):
+                widths = ["25%", "22%", "21%", "16%", "16%"]
+                table = gr.Dataframe(
+                    headers=TABLE_HEADERS,
+                    column_widths=widths,
+                    label="Objects found",
+                    interactive=False,
+                    elem_id="table",
+                )
+                plot = gr.LinePlot(
+                    pd.DataFrame(columns=["second", "class", "count"]), x="second", y="count", color="class",
+                    x_title="Seconds", y_title="Most at once", y_axis_format="d", height=240, visible="hidden",
+                    elem_id="plot",
+                )  # fmt: skip
+                label = "Results (available when the run ends)"
+                files = gr.File(label=label, file_count="multiple", interactive=False, height=190, elem_id="files")
 
-        settings = [source, conf_threshold, classes, resolution, analysed, tracks]
-        playhead_seconds = gr.Number(0, visible=False, label="Playhead (s)")
-        stream = {
-            "fn": stream_to_page,
-            "inputs": [*settings, playhead_seconds],
-            "outputs": [processed, status, table, plot, files, progress, start, stop],
-            "trigger_mode": "multiple",  # a new run replaces the one before
-            "concurrency_limit": None,  # runs have a queue of their own
-            "show_progress": "hidden",
-        }
-        gr.on(
-            [source.change, start.click], **stream, js="(...inputs) => startOver(inputs)",
-            api_name="stream_object_detection",
-        )  # fmt: skip
-        changes = [setting.change for setting in settings[1:]]
-        gr.on(changes, **stream, js="(...inputs) => resume(inputs)", api_visibility="private")
-        stop.click(stop_run, queue=False, show_progress="hidden", api_visibility="private")
-        outputs = [gr.Video(visible=False), gr.JSON(visible=False)]
-        gr.Button(visible=False).click(detect_video, settings, outputs, concurrency_limit=None, api_name="detect_video")
-    return page
-
-
-demo = build_page()
+    settings = [source, threshold, classes, resolution, analysed, tracks]
+    stream = {
+        "fn": stream_to_page,
+        "inputs": [*settings, gr.Number(0, visible=False, label="Playhead (s)")],
+        "outputs": [processed, status, table, plot, files, progress, start, stop],
+        "trigger_mode": "multiple",  # a new run replaces the one before
+        "concurrency_limit": None,  # runs have a queue of their own
+        "show_progress": "hidden",
+    }
+    new_source = [source.change, start.click]
+    gr.on(new_source, **stream, js="(...inputs) => startOver(inputs)", api_name="stream_object_detection")
+    changes = [setting.change for setting in settings[1:]]
+    gr.on(changes, **stream, js="(...inputs) => resume(inputs)", api_visibility="private")
+    stop.click(stop_run, queue=False, show_progress="hidden", api_visibility="private")
+    outputs = [gr.Video(visible=False), gr.JSON(visible=False)]
+    gr.Button(visible=False).click(detect_video, settings, outputs, concurrency_limit=None, api_name="detect_video")
 
 if __name__ == "__main__":
-    middleware = [Middleware(BlockScreenRecordingRoute)]
+    # Gradio's screen recorder hands any upload to ffmpeg, which would follow a playlist in it.
+    blocked = Route("/gradio_api/process_recording", lambda _: PlainTextResponse("Not found", 404), methods=["POST"])
     demo.launch(
-        css=CSS, head=HEAD, max_file_size=MAX_UPLOAD, app_kwargs={"middleware": middleware}, max_threads=40 + MAX_QUEUE
+        css=CSS, head=HEAD, max_file_size=MAX_UPLOAD, app_kwargs={"routes": [blocked]}, max_threads=40 + MAX_QUEUE
     )

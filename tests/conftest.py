@@ -26,32 +26,42 @@ atexit.register(shutil.rmtree, os.environ["GRADIO_TEMP_DIR"], ignore_errors=True
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> Path:
-    """All files of the server under test: Gradio's cache is in `gradio`, temporary files are in `tmp`."""
+    """All files of the server under test, as `running_app` makes them."""
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture(scope="session")
-def server_process(cache) -> Iterator[tuple[str, int]]:
-    """The address and the process id of the app, running as `python app.py` does."""
+@contextlib.contextmanager
+def running_app(folder: Path, **settings: str) -> Iterator[tuple[str, int]]:
+    """The address and the process id of the app, running as `python app.py` does, with settings in its environment.
+
+    Gradio's cache is in the subfolder `gradio`, temporary files are in `tmp`.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    (cache / "tmp").mkdir()
-    folders = {"GRADIO_TEMP_DIR": str(cache / "gradio"), "TMPDIR": str(cache / "tmp")}
-    env = {**os.environ, **folders, "GRADIO_SERVER_PORT": str(port)}
-    with (cache / "server.log").open("w") as log:
+    (folder / "tmp").mkdir()
+    folders = {"GRADIO_TEMP_DIR": str(folder / "gradio"), "TMPDIR": str(folder / "tmp")}
+    env = {**os.environ, **folders, "GRADIO_SERVER_PORT": str(port), **settings}
+    with (folder / "server.log").open("w") as log:
         process = subprocess.Popen([sys.executable, "app.py"], cwd=ROOT, env=env, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(240):
             with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
                 break
-            assert process.poll() is None, (cache / "server.log").read_text()
+            assert process.poll() is None, (folder / "server.log").read_text()
             time.sleep(0.25)
         yield url, process.pid
     finally:
         process.terminate()
         process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def server_process(cache) -> Iterator[tuple[str, int]]:
+    """The address and the process id of the app."""
+    with running_app(cache) as address:
+        yield address
 
 
 @pytest.fixture(scope="session")
@@ -74,14 +84,20 @@ def browser() -> Iterator[Browser]:
         chromium.close()
 
 
-@pytest.fixture
-def page(browser, server) -> Iterator[Page]:
+@contextlib.contextmanager
+def open_page(browser: Browser, url: str) -> Iterator[Page]:
     """The app in a fresh tab, loaded. No script may fail in it."""
     tab = browser.new_page(viewport={"width": 1280, "height": 900})
     errors = []
     tab.on("pageerror", lambda error: errors.append(f"{error.message} {error.stack}"))
-    tab.goto(server)
+    tab.goto(url)
     tab.get_by_label("Confidence threshold").first.wait_for()
     yield tab
     tab.close()
     assert not errors
+
+
+@pytest.fixture
+def page(browser, server) -> Iterator[Page]:
+    with open_page(browser, server) as tab:
+        yield tab

@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import threading
 import time
 
 import cv2
@@ -59,7 +60,7 @@ def test_an_analysed_frame_is_known_after_the_end_of_each_chunk(video, slow_devi
     passes = count_passes(monkeypatch)
     report = keep_up(video)
     assert report.step == 5
-    assert sorted(report.cached) == [*range(0, 150, 10), 148]
+    assert sorted(report.cached) == [0, *range(8, 150, 10)]
     assert sum(passes) == 16
     assert report.output_frames == 75
 
@@ -126,7 +127,7 @@ def test_boxes_glide_between_analysed_frames(drawn, tmp_path):
     for _ in app.stream_object_detection(EXAMPLE, 0.5, step=6, folder=str(tmp_path)):
         pass
     (square,) = (number for number, label in app.DETECTOR.id2label.items() if label == "square")
-    lefts = [frame[(frame[:, 5] == square) & (frame[:, 6] == 1)][:, 0] for frame in drawn[1:7]]
+    lefts = [frame[(frame[:, 5] == square) & (frame[:, 6] == 1)][:, 0] for frame in drawn[5:12]]
     moves = np.diff([float(left[0]) for left in lefts])
     assert np.abs(moves).min() > 0.0005
     np.testing.assert_allclose(moves, moves[0], atol=0.0005)
@@ -151,7 +152,7 @@ def test_no_box_crosses_a_cut(drawn, tmp_path):
 
 
 def test_stop_in_mid_chunk_answers_at_once_and_keeps_the_chunks_before(video, slow_device, monkeypatch):
-    forward = app.DETECTOR.model.forward
+    forward, threads = app.DETECTOR.model.forward, threading.active_count()
 
     def slow(**inputs):
         time.sleep(0.3)
@@ -164,13 +165,15 @@ def test_stop_in_mid_chunk_answers_at_once_and_keeps_the_chunks_before(video, sl
         contextlib.closing(app.follow(current, video, 0.3, [], app.HALF)) as values,
     ):
         for value in values:
-            if "processed" in value:
+            if app.processed in value:
                 current.is_stopped, stopped_at = True, time.monotonic()
-            if "Stopped" in value.get("status", ""):
+            if "Stopped" in value.get(app.status, ""):
                 assert time.monotonic() - stopped_at < 0.5
-                assert value["status"].startswith("Stopped: 2.0 s of video")
+                assert value[app.status].startswith("Stopped: 2.0 s of video")
                 break
-        assert next(values)["files"]
+        assert any(app.files in value for value in values)
+    while threading.active_count() > threads:  # the pass at hand
+        time.sleep(0.01)
 
 
 def test_the_status_counts_the_frames_of_the_first_chunk(video, slow_device):

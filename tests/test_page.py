@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import re
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,8 @@ import av
 import numpy as np
 import pytest
 import shapes
+from benchmark import model_source
+from conftest import open_page, running_app
 from PIL import Image
 from playwright.sync_api import expect
 from videos import Kind, assert_colours, ffmpeg
@@ -607,3 +610,28 @@ def test_every_frame_can_be_asked_for_and_is_known_where_all_were_analysed(page)
     expect(page.locator(".toast-body")).to_have_count(0)
     after = detections_of(page)
     assert {row["frame"] for row in after["detections"]} >= {row["frame"] for row in before["detections"]}
+
+
+@pytest.fixture(scope="module")
+def slow_page(browser, tmp_path_factory):
+    """The app with a checkpoint of R18's size, which cannot analyse every frame in real time without a GPU."""
+    folder = tmp_path_factory.mktemp("slow")
+    with running_app(folder, MODEL_ID=model_source("r18", folder)) as (url, _), open_page(browser, url) as tab:
+        yield tab
+
+
+def test_while_a_slow_model_makes_the_first_chunk_the_first_frame_is_shown_as_a_picture(slow_page, tmp_path):
+    empty = slow_page.locator("#processed").bounding_box()
+    upload(slow_page, Kind("slow", frames=150).make(tmp_path))
+    picture = slow_page.get_by_alt_text("First frame")
+    expect(picture).to_be_visible(timeout=30_000)
+    screenshot(slow_page, "first-frame")
+    assert re.search(r"First chunk: [1-9] of \d frames, \d+ s left", slow_page.locator("#status").inner_text())
+    assert picture.bounding_box() == pytest.approx(empty, abs=2), "where the player is, and nothing has moved"
+    wait_for(slow_page, lambda state: state["time"] > 0.3)
+    assert slow_page.locator("#processed").bounding_box() == empty
+    expect(picture).to_be_hidden()
+    wait_for(slow_page, lambda state: state["ended"])
+    expect(slow_page.locator("#status")).to_contain_text(
+        re.compile(r"Done: 5.0 s of video .* analysing every \dth frame")
+    )

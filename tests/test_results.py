@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -150,13 +151,14 @@ def test_the_json_carries_what_a_program_needs(report, saved):
 
 
 def test_the_table_and_the_plot_tell_the_same_story_as_the_truth(report):
-    table = {row[0]: row[1:] for row in report.table(report.counts()).to_numpy().tolist()}
+    results = {component: value for values in report.results() for component, value in values.items()}
+    table = {row[0]: row[1:] for row in results[app.table].to_numpy().tolist()}
     truth = {}
     for frame in range(0, int(report.info.duration_seconds * report.info.fps), 2):
         for label in shapes.example_truth(EXAMPLE.stem, frame)[1]:
             truth.setdefault(app.DETECTOR.id2label[int(label)], []).append(frame)
     assert set(truth) <= set(table)
-    counts = report.plot(report.counts())["value"]
+    counts = next(values[app.plot]["value"] for values in report.results() if app.plot in values)
     for name in truth:
         objects, most, first, last = table[name]
         assert objects >= most >= 1
@@ -172,8 +174,7 @@ def test_a_threshold_of_0_costs_little_memory_per_frame(video):
 
 def test_analysed_seconds_never_exceed_the_duration(tmp_path):
     path = Kind("odd", frames=83, audio=()).make(tmp_path)
-    report = run(str(path))
-    content = report.as_dict(report.detections())
+    content = json.loads(Path(run(str(path), save_to=tmp_path).saved[2]).read_text())
     assert content["analysed_seconds"] <= content["video"]["duration_seconds"]
 
 

@@ -65,7 +65,8 @@ def test_at_full_size_every_frame_is_shown(numbered, tmp_path):
 
 def test_a_stream_that_begins_in_mid_video_equals_the_rest_of_a_whole_one(tmp_path):
     whole = list(app.stream_object_detection(str(EXAMPLE), 0.3, folder=str(tmp_path)))
-    rest = list(app.stream_object_detection(str(EXAMPLE), 0.3, start=100, folder=str(tmp_path)))
+    after = whole[0]._replace(output_frames=100)
+    rest = list(app.stream_object_detection(str(EXAMPLE), 0.3, after=after, folder=str(tmp_path)))
     assert [update.output_frames for update in rest] == [update.output_frames for update in whole][3:], "same borders"
     expected = [frame for update in whole for frame in update.frames][100:]
     found = [frame for update in rest for frame in update.frames]
@@ -87,7 +88,7 @@ def test_small_batches_make_the_same_chunks(numbered, small_batches, tmp_path, m
 def batches_of(video, start=0):
     info = app.read_video_info(video)
     frames = app.sample_frames(info, info.fps / 2, app.RESOLUTIONS[app.HALF].scale, start)
-    return list(app.read_batches(frames, 30, start, step=1))
+    return list(app.read_batches(frames, start, step=1, chunk_frames=30))
 
 
 def test_a_chunk_is_one_batch_unless_the_detector_takes_fewer_frames(numbered, monkeypatch):

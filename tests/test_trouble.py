@@ -22,11 +22,9 @@ def watch(video, conf_threshold=0.3):
     """What the page gets of a run: the pictures, the status lines, and the error at its end or None."""
     request, pictures, lines = SimpleNamespace(session_hash="a visitor"), [], []
     try:
-        for chunk, status, *_ in app.stream_to_page(
-            video, conf_threshold, [], app.HALF, "Every frame", True, -1, request
-        ):
-            lines.append(status)
-            if isinstance(chunk, str):
+        for values in app.stream_to_page(video, conf_threshold, [], app.HALF, "Every frame", True, -1, request):
+            lines.append(values.get(app.status))
+            if isinstance(chunk := values.get(app.processed), str):
                 pictures.extend(read_chunks([chunk]).pictures)
     except gr.Error as error:
         return pictures, [line for line in lines if isinstance(line, str)], error

@@ -151,8 +151,8 @@ def request_of(session):
 
 def watch(session, path, lines):
     """A run of one session on the page; collects its status lines."""
-    for _, status, *_ in app.stream_to_page(str(path), 0.3, [], app.HALF, "Every frame", True, -1, request_of(session)):
-        if isinstance(status, str):
+    for values in app.stream_to_page(str(path), 0.3, [], app.HALF, "Every frame", True, -1, request_of(session)):
+        if isinstance(status := values.get(app.status), str):
             lines.append(status)
 
 
@@ -172,7 +172,7 @@ def test_a_run_that_waits_says_its_position_and_can_be_stopped(video, monkeypatc
         run.result(timeout=2)
     assert lines[0] == "Waiting in the queue: position 1."
     assert lines[-1].startswith("Stopped: 0.0 s of video")
-    assert not app.QUEUE and not app.RUNS
+    assert not app.QUEUE
 
 
 def test_runs_beyond_the_limit_wait_for_their_turn(video, monkeypatch):
@@ -184,7 +184,7 @@ def test_runs_beyond_the_limit_wait_for_their_turn(video, monkeypatch):
             time.sleep(0.05)
     assert all(status[-1].startswith("Done: 2.3 s") for status in lines.values())
     assert "position 1" in lines["b"][0] and "position 2" in lines["c"][0]
-    assert not app.QUEUE and not app.RUNS
+    assert not app.QUEUE
 
 
 def test_a_full_queue_gets_a_sentence(video, monkeypatch):
@@ -192,7 +192,7 @@ def test_a_full_queue_gets_a_sentence(video, monkeypatch):
     with pytest.raises(gr.Error) as error:
         watch("a", video, [])
     assert error.value.message == "Too many people are using this app. Try again in a few minutes."
-    assert not app.QUEUE and not app.RUNS
+    assert not app.QUEUE
 
 
 def test_of_two_runs_that_start_in_the_same_moment_the_second_one_stays(video):
@@ -203,7 +203,7 @@ def test_of_two_runs_that_start_in_the_same_moment_the_second_one_stays(video):
         pool.submit(watch, "a", video, second)
     assert not first
     assert second[-1].startswith("Done")
-    assert not app.QUEUE and not app.RUNS
+    assert not app.QUEUE
 
 
 def test_the_page_loads_within_a_second_while_forty_visitors_wait_or_watch(server, tmp_path):

@@ -150,41 +150,23 @@ def test_every_forked_worker_can_use_pytorch_in_a_thread(happened):
     assert len({token for token, _ in run["releases"]}) == 10
 
 
-def test_the_pace_is_learned_from_each_call(happened):
-    assert len(happened("whole_run")["learned"]) == 1
-    run = happened("budget_that_ends")
-    assert 0 < sum(frames for frames, _ in run["learned"]) < 61  # the first chunk of a call has its start in it
-    assert len(run["learned"]) == len(run["requests"])
+def test_a_request_is_for_the_rest_at_the_pace_of_the_call_before(happened):
+    (first, assumed), (rest, measured), *_ = happened("budget_that_ends")["paces"]
+    assert (first, assumed) == (61, app.GPU_SECONDS_PER_FRAME)
+    assert 0 < rest < 61
+    assert measured > 0.05, "a pass of four frames took 0.2 s"
 
 
 def test_a_slow_page_does_not_look_like_a_slow_gpu(happened):
     run = happened("slow_page")
-    ((_, seconds),) = run["learned"]
-    assert seconds < run["paused_seconds"]
+    (first, _), (rest, measured) = run["paces"]
+    assert measured * (first - rest) < run["paused_seconds"]
 
 
-def test_a_request_follows_the_length_of_the_rest_and_is_capped(happened):
-    pace = app.GpuPace()
-    assert happened("whole_run")["requests"] == [pace.budget_seconds(61)]
-    assert app.GPU_RESERVE_SECONDS < pace.budget_seconds(1) < pace.budget_seconds(300) < app.GPU_SECONDS
-    assert pace.budget_seconds(1_000_000) == app.GPU_SECONDS
-
-
-def test_a_short_slow_clip_changes_the_next_request_little():
-    pace = app.GpuPace()
-    before = pace.budget_seconds(300)
-    pace.learn(frames=15, seconds=4)
-    assert before <= pace.budget_seconds(300) < 1.5 * before < app.GPU_SECONDS
-
-
-def test_the_request_follows_a_gpu_that_is_fast_or_slow():
-    fast, slow = app.GpuPace(), app.GpuPace()
-    before = fast.budget_seconds(600)
-    for _ in range(5):
-        fast.learn(frames=1000, seconds=5)
-        slow.learn(frames=300, seconds=18)
-    assert fast.budget_seconds(600) < 0.6 * before
-    assert slow.budget_seconds(600) > 1.5 * before
+def test_a_request_follows_the_length_and_is_capped(happened):
+    assert happened("whole_run")["requests"] == [app.gpu_budget_seconds(61, app.GPU_SECONDS_PER_FRAME)]
+    assert app.GPU_RESERVE_SECONDS < app.gpu_budget_seconds(1, 0.02) < app.gpu_budget_seconds(300, 0.02) < 60
+    assert app.gpu_budget_seconds(1_000_000, 0.02) == app.GPU_SECONDS
 
 
 def test_an_update_can_be_pickled(tmp_path):

@@ -114,19 +114,16 @@ def slow_gpu(seconds: float):
 @contextlib.contextmanager
 def short_budgets():
     """Calls that are over before the video is."""
-    with (
-        patched(app, GPU_RESERVE_SECONDS=0.3),
-        patched(app.GpuPace, budget_seconds=lambda _, frames: 1.5 + frames / 100),
-    ):
+    with patched(app, GPU_RESERVE_SECONDS=0.3, gpu_budget_seconds=lambda frames, _: 1.5 + frames / 100):
         yield
 
 
 @contextlib.contextmanager
-def lessons():
-    """What the pace learns meanwhile: frames and seconds of each call."""
-    learned, learn = [], app.GpuPace.learn
-    with patched(app.GpuPace, learn=lambda pace, *lesson: learned.append(lesson) or learn(pace, *lesson)):
-        yield learned
+def requests_seen():
+    """The output frames of each request meanwhile, and the seconds per frame that it assumes."""
+    seen, budget = [], app.gpu_budget_seconds
+    with patched(app, gpu_budget_seconds=lambda *request: seen.append(request) or budget(*request)):
+        yield seen
 
 
 def new_report(video: str, conf_threshold: float = 1.0) -> app.Report:
@@ -173,15 +170,15 @@ def seconds_until(condition, limit: float = 15) -> float:
 
 def whole_run(video: str, platform: Platform) -> dict:
     LocalContext.request.set("a visitor's request")
-    with lessons() as learned:
+    with requests_seen() as paces:
         run = watch(new_report(video))
     LocalContext.request.set(None)
-    return run | record(platform) | {"visitors": platform.visitors, "learned": learned, "left": temporary_files()}
+    return run | record(platform) | {"visitors": platform.visitors, "paces": paces, "left": temporary_files()}
 
 
 def budget_that_ends(video: str, platform: Platform) -> dict:
-    with short_budgets(), slow_gpu(0.2), lessons() as learned:
-        run = watch(new_report(video)) | {"learned": learned}
+    with short_budgets(), slow_gpu(0.2), requests_seen() as paces:
+        run = watch(new_report(video)) | {"paces": paces}
         requests = len(platform.requests)
         again = watch(new_report(video, conf_threshold=0.99))
     return run | record(platform) | {"again": again, "requests_of_again": len(platform.requests) - requests}
@@ -195,9 +192,9 @@ def budget_that_ends_and_another_gpu(video: str, platform: Platform) -> dict:
 
 def slow_page(video: str, platform: Platform) -> dict:
     platform.refuses_after, pauses = 1, iter([3])
-    with short_budgets(), slow_gpu(0.2), lessons() as learned:
+    with short_budgets(), slow_gpu(0.2), requests_seen() as paces:
         watch(new_report(video), after_each=lambda _: time.sleep(next(pauses, 0)))
-    return {"learned": learned, "paused_seconds": 3}
+    return {"paces": paces, "paused_seconds": 3}
 
 
 def refused_second_call(video: str, platform: Platform) -> dict:
@@ -318,7 +315,7 @@ def main() -> None:
     ]
     report = {}
     for scenario, path in scenarios:
-        app.GPU_PACE, began = app.GpuPace(), time.monotonic()
+        began = time.monotonic()
         os.utime(path)  # so that the cache takes it for another file
         try:
             report[scenario.__name__] = scenario(path, Platform())
