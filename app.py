@@ -21,12 +21,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from inspect import unwrap
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -48,6 +48,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from trackers import CBIoUTracker
+from trackers.utils.state_representations import XCYCWHStateEstimator
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 
 from draw_boxes import draw_bounding_boxes, label_color
@@ -87,17 +88,18 @@ MOST_GAP_SECONDS = 0.5  # between analysed frames
 # frame had changed as much. These limits found all 5 and 10 cuts and nothing else; a ratio of 2 missed 2 of 10.
 CUT_CHANGE, CUT_FACTOR = 25, 1.5
 
-# Found on 83 rendered scenes, seeds 100 to 111, 12 and 15 frames per second, score threshold 0.30: objects kept their
-# number in 95.3 % of their sightings, and 490 were counted where 483 exist. With the library's own thresholds: 91.0 %
-# and 555; ByteTrack 88.8 % and 585, OC-SORT 82.2 % and 653. Weaker boxes, from 0.1 or 0.2, gained 0.1 % at most.
-LOST_SECONDS = 1.2  # an object keeps its number for so long while it is not seen; 0.8 s: 94.1 %, 1.5 s: 95.3 %
-NEW_SECONDS = 0.25  # a new object gets its number after this long; 0.1 s: 94.4 %, and 28 % more numbers
-BELIEVED_SECONDS = 1.0  # an object counts after being seen this long; 0.6 s: 510 objects, 0.3 s: 541
+# Found on 144 rendered scenes, seeds 100 to 111, 12 and 15 frames per second, score threshold 0.30: objects kept their
+# number in 96.4 % of their sightings, and 881 were counted where 865 exist. With the library's own thresholds: 92.2 %
+# and 961; its own box prediction: 95.2 % and 899; ByteTrack 88.5 % and 1,055, OC-SORT 80.8 % and 1,156; without
+# `look_back`: 93.3 % and 871. Weaker boxes, from 0.1 or 0.2, gained 0.1 % at most.
+LOST_SECONDS = 1.2  # an object keeps its number for so long while it is not seen; 0.8 s: 95.5 %, 1.5 s: 96.8 %
+NEW_SECONDS = 0.25  # a new object gets its number after this long; 0.1 s: 95.5 %, and 24 % more numbers
+BELIEVED_SECONDS = 1.0  # an object counts after being seen this long; 0.6 s: 909 objects, 0.3 s: 940
 TRACKER = {
     "track_activation_threshold": 0.0,  # any detection that is drawn may start a track
     "high_conf_det_threshold": 0.0,
-    "minimum_iou_threshold_first_assoc": 0.01,  # 0.05: 94.7 %, 0.2: 93.0 %
-    "buffer_ratio_first": 0.8,  # boxes are enlarged by this share of their size; 0.6: 95.6 %, 1.0: 94.5 %
+    "minimum_iou_threshold_first_assoc": 0.01,  # 0.05: 96.3 %, 0.2: 95.2 %
+    "buffer_ratio_first": 0.8,  # boxes are enlarged by this share of their size; 0.6: 96.4 %, 1.0: 95.9 %
     "instant_first_frame_activation": False,
 }
 MOST_DIFFERENT = 2.5  # upper limit for two detections to match; 2.0 to 3.5 change interpolated frames by less than 1 %
@@ -368,8 +370,8 @@ def stream_object_detection(
                 selected = [select(detections, conf_threshold, classes) for detections in batch.detections]
                 objects = tracker.update(selected, batch.cuts)
                 for frame, detections, drawn in zip(batch.frames, batch.detections, objects, strict=True):
+                    trails = tracker.trails(drawn)
                     if frame is not previous:  # it comes again if the source shows it for longer
-                        trails = tracker.trails(drawn)
                         draw(frame.image, drawn, trails if tracks else None)
                         if frame.source_index in cached:
                             place = frame.source_index, frame.pts_seconds, frame.source_size
@@ -503,6 +505,19 @@ class CutFinder:
         return is_cut
 
 
+class PredictedBox(XCYCWHStateEstimator):
+    """Where the library expects an object next: it moves on, but keeps its size, and its centre stays in the picture.
+
+    Otherwise, the box of an object that leaves would move away and shrink to nothing, like what is last seen of it, and
+    would not match when the object comes back.
+    """
+
+    def clamp_velocity(self, frame_step: float = 1.0) -> None:  # called before each prediction
+        state = self.kf.state  # (8, 1): centre, size and their changes per frame, relative to the picture
+        state[:2] = state[:2].clip(0, 1)
+        state[6:] = 0
+
+
 class ObjectTracker:
     """Numbers the objects of a video, each class from 1.
 
@@ -513,15 +528,16 @@ class ObjectTracker:
     """
 
     def __init__(self, fps: Fraction):
-        self._tracker = CBIoUTracker(
+        new_tracker = partial(
+            CBIoUTracker,
             frame_rate=float(fps),
             lost_track_buffer=round(30 * LOST_SECONDS),  # in frames of 1/30 s, at any rate
             minimum_consecutive_frames=max(2, round(NEW_SECONDS * fps)),
+            state_estimator_class=PredictedBox,
             **TRACKER,
         )
-        self._recent: deque[np.ndarray] = deque(maxlen=round(TRAIL_SECONDS * fps))  # numbered objects per frame
-        self._count: Counter[float] = Counter()  # objects of each label
-        self._numbers: dict[int, int] = {}  # by the id of the library's track
+        self._trackers: dict[float, CBIoUTracker] = defaultdict(new_tracker)  # by label
+        self._recent = deque([np.empty((0, 7))], max(1, round(TRAIL_SECONDS * fps)))  # numbered objects on each frame
 
     def update(self, frames: Sequence[np.ndarray], cuts: Sequence[bool]) -> list[np.ndarray]:
         """Appends object numbers to the detections on the next frames: (N, 6) in, (N, 7) out; 0 means no object.
@@ -534,34 +550,24 @@ class ObjectTracker:
         return [np.column_stack(frame) for frame in zip(frames, numbers, strict=True)]
 
     def _number(self, detections: np.ndarray, is_cut: bool) -> np.ndarray:
-        if is_cut:
-            self._tracker.reset()
-            self._numbers = {}
+        """The object number of each detection, (N,)."""
         numbers = np.zeros(len(detections), int)
-        boxes = detections[:, :4] + detections[:, 5:] * (
-            10.0,
-            0,
-            10,
-            0,
-        )  # offset by class, so that boxes of different classes never overlap
-        order = {"index": np.arange(len(boxes))}  # the library reorders detections
-        tracked = self._tracker.update(sv.Detections(boxes, confidence=detections[:, 4], data=order))
-        for index, track in zip(tracked.data.get("index", ()), tracked.tracker_id, strict=True):
-            if track >= 0:
-                if track not in self._numbers:
-                    self._count[detections[index, 5]] += 1
-                    self._numbers[track] = self._count[detections[index, 5]]
-                numbers[index] = self._numbers[track]
-        alive = {track.tracker_id for track in self._tracker.tracks}
-        self._numbers = {track: number for track, number in self._numbers.items() if track in alive}
+        for label in self._trackers.keys() | set(detections[:, 5].tolist()):
+            tracker, indices = self._trackers[label], np.flatnonzero(detections[:, 5] == label)
+            if is_cut:
+                tracker.tracks.clear()  # `reset` would also begin again with the first number
+            boxes, scores = detections[indices, :4], detections[indices, 4]
+            tracked = tracker.update(sv.Detections(boxes, confidence=scores, data={"index": indices}))  # reorders them
+            numbers[tracked.data.get("index", [])] = tracked.tracker_id + 1  # from -1, which means no object
         return numbers
 
     def trails(self, objects: np.ndarray) -> list[np.ndarray]:
-        """Earlier centres of each object, (K, 2), oldest first, relative to the frame. Stores the current ones."""
-        past = np.concatenate([objects[:0], *self._recent])
+        """For each object on the next frame, (N, 7), its centres on the frames before: (K, 2), oldest first, relative
+        to the frame, from the last `TRAIL_SECONDS`."""
+        recent = np.concatenate(self._recent)
         self._recent.append(objects[objects[:, 6] > 0])
-        same = [past[(past[:, 5:] == key).all(axis=1)] for key in objects[:, 5:]]
-        return [(boxes[:, :2] + boxes[:, 2:4]) / 2 for boxes in same]
+        centres, labels, numbers = (recent[:, :2] + recent[:, 2:4]) / 2, *recent[:, 5:].T
+        return [centres[(labels == label) & (numbers == number)] for label, number in objects[:, 5:]]
 
 
 def look_back(detections: np.ndarray, numbers: np.ndarray, later: np.ndarray, later_numbers: np.ndarray) -> None:
@@ -1104,7 +1110,7 @@ CSS = """
 .unplayable #source .controls, #files .label-clear-button { display: none; }
 #threshold input[type=range]:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 4px; }
 #progress { height: 60px; overflow: visible; }
-#progress img { position: absolute; bottom: calc(100% + var(--layout-gap)); width: 100%; object-fit: contain;
+#progress img { position: absolute; left: 0; bottom: calc(100% + var(--layout-gap)); width: 100%; object-fit: contain;
     height: clamp(220px, 32vw, 480px); pointer-events: none; }
 .playing #progress img { display: none; }
 #progress progress { width: 100%; height: 8px; appearance: none; border: none; border-radius: 4px; cursor: pointer; }

@@ -573,15 +573,7 @@ def test_tracks_are_drawn_and_can_be_switched_off_with_the_same_detections(page)
     assert untracked[0] == untracked[1]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "bouncing-shapes",
-        "rising-shapes",
-        # A star and a cross leave for 0.4 s and come back on the other side.
-        pytest.param("circling-shapes", marks=pytest.mark.xfail(strict=True, reason="3 stars and crosses, not 2")),
-    ],
-)
+@pytest.mark.parametrize("name", shapes.EXAMPLES)
 def test_the_table_counts_the_objects_that_are_in_the_example(page, name):
     example = shapes.EXAMPLES[name]
     frames = [shapes.example_truth(name, index)[1] for index in range(example.frame_count)]

@@ -116,6 +116,12 @@ def test_a_number_outlasts_a_gap_of_a_second(fps):
     )
 
 
+def test_an_object_may_leave_and_come_back_at_another_height():
+    out = [np.array([[0, 0.4, 0.1 - 0.015 * index, 0.6, 0.9, 0]], np.float32) for index in range(6)]
+    back = [found + np.array([0, 0.12, 0, 0.12, 0, 0], np.float32) for found in reversed(out)]
+    assert numbers_on([*out, *[np.empty((0, 6), np.float32)] * 5, *back]) == [[1]] * 6 + [[]] * 5 + [[1]] * 6
+
+
 def test_after_a_cut_an_object_is_another_one():
     assert numbers_on(on_the_way(12), cut=6) == [[1]] * 6 + [[2]] * 6
 
