@@ -21,12 +21,12 @@ import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import lru_cache
 from inspect import unwrap
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -354,7 +354,7 @@ def stream_object_detection(
         One `StreamUpdate` per chunk of two seconds; the last one is shorter.
 
     Raises:
-        gr.Error: If the file is not a video that can be decoded.
+        gr.Error: If the file is not a video that can be decoded, or something else fails.
     """
     began, cached, found, writer, previous = time.monotonic(), {} if cached is None else cached, [], None, None
     try:
@@ -391,9 +391,7 @@ def stream_object_detection(
             chunk, writer = writer.close(), None
             yield StreamUpdate(chunk, found, end, False, time.monotonic() - began, tracker)
     except Exception as error:
-        if ON_ZEROGPU or isinstance(error, VideoError):  # from a ZeroGPU's worker, only a `gr.Error` arrives whole
-            raise user_facing_error(error) from error
-        raise
+        raise user_facing_error(error) from error  # from a ZeroGPU's worker, no other error arrives whole
     finally:
         if writer:
             writer.discard()
@@ -505,6 +503,9 @@ class CutFinder:
         return is_cut
 
 
+CLASS_OFFSET = 10  # frame widths: one tracker serves all classes, whose boxes are so far apart that they never overlap
+
+
 class PredictedBox(XCYCWHStateEstimator):
     """Where the library expects an object next: it moves on, but keeps its size, and its centre stays in the picture.
 
@@ -514,7 +515,8 @@ class PredictedBox(XCYCWHStateEstimator):
 
     def clamp_velocity(self, frame_step: float = 1.0) -> None:  # called before each prediction
         state = self.kf.state  # (8, 1): centre, size and their changes per frame, relative to the picture
-        state[:2] = state[:2].clip(0, 1)
+        left = CLASS_OFFSET * np.round(state[0, 0] / CLASS_OFFSET)  # of the picture of this class
+        state[:2, 0] = state[:2, 0].clip((left, 0), (left + 1, 1))
         state[6:] = 0
 
 
@@ -528,15 +530,15 @@ class ObjectTracker:
     """
 
     def __init__(self, fps: Fraction):
-        new_tracker = partial(
-            CBIoUTracker,
+        self._tracker = CBIoUTracker(
             frame_rate=float(fps),
             lost_track_buffer=round(30 * LOST_SECONDS),  # in frames of 1/30 s, at any rate
             minimum_consecutive_frames=max(2, round(NEW_SECONDS * fps)),
             state_estimator_class=PredictedBox,
             **TRACKER,
         )
-        self._trackers: dict[float, CBIoUTracker] = defaultdict(new_tracker)  # by label
+        self._count: Counter[float] = Counter()  # objects of each label
+        self._numbers: dict[int, int] = {}  # by the id of the library's track
         self._recent = deque([np.empty((0, 7))], max(1, round(TRAIL_SECONDS * fps)))  # numbered objects on each frame
 
     def update(self, frames: Sequence[np.ndarray], cuts: Sequence[bool]) -> list[np.ndarray]:
@@ -551,14 +553,20 @@ class ObjectTracker:
 
     def _number(self, detections: np.ndarray, is_cut: bool) -> np.ndarray:
         """The object number of each detection, (N,)."""
-        numbers = np.zeros(len(detections), int)
-        for label in self._trackers.keys() | set(detections[:, 5].tolist()):
-            tracker, indices = self._trackers[label], np.flatnonzero(detections[:, 5] == label)
-            if is_cut:
-                tracker.tracks.clear()  # `reset` would also begin again with the first number
-            boxes, scores = detections[indices, :4], detections[indices, 4]
-            tracked = tracker.update(sv.Detections(boxes, confidence=scores, data={"index": indices}))  # reorders them
-            numbers[tracked.data.get("index", [])] = tracked.tracker_id + 1  # from -1, which means no object
+        if is_cut:
+            self._tracker.tracks.clear()
+        numbers, labels = np.zeros(len(detections), int), detections[:, 5]
+        boxes = detections[:, :4] + CLASS_OFFSET * labels[:, None] * (1, 0, 1, 0)
+        order = {"index": np.arange(len(boxes))}  # the library reorders detections
+        tracked = self._tracker.update(sv.Detections(boxes, confidence=detections[:, 4], data=order))
+        for index, track in zip(tracked.data.get("index", ()), tracked.tracker_id, strict=True):
+            if track >= 0:
+                if track not in self._numbers:
+                    self._count[labels[index]] += 1
+                    self._numbers[track] = self._count[labels[index]]
+                numbers[index] = self._numbers[track]
+        alive = {track.tracker_id for track in self._tracker.tracks}
+        self._numbers = {track: number for track, number in self._numbers.items() if track in alive}
         return numbers
 
     def trails(self, objects: np.ndarray) -> list[np.ndarray]:
