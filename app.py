@@ -80,7 +80,7 @@ MIN_SCORE = 0.05  # detections below this are neither cached, drawn nor reported
 PASS_PIXELS = {"cuda": 60 * 640 * 640, "mps": 16 * 640 * 640, "cpu": 8 * 256 * 256}
 BATCH_BYTES = 128 << 20  # of decoded frames per batch
 ANALYSED = ("As many as keep up", "Every frame")
-KEEP_UP_SHARE = 0.8  # of real time for the model; the rest is for reading, drawing and encoding
+KEEP_UP_SHARE = 0.6  # of real time for the model; the rest is for reading, drawing, encoding, and perhaps the browser
 MOST_GAP_SECONDS = 0.5  # between analysed frames
 
 # Mean difference between thumbnails of consecutive frames (0 to 255), and its ratio to the previous difference. In a
@@ -433,7 +433,7 @@ def detect_batches(
                 cached.update(zip(new, DETECTOR([*new.values()]), strict=True))
             cuts = [find_cut(frame.image) for frame in batch.frames]
             detections = fill_gaps([before, *(cached.get(frame.source_index) for frame in batch.frames)], cuts)
-            yield Batch(*batch[:3], detections, cuts, is_cached=not new)
+            yield batch._replace(detections=detections, cuts=cuts, is_cached=not new)
             before = detections[-1]
 
 
@@ -725,7 +725,7 @@ class Report:
         elif self.seconds:
             status = f"{self.seconds:.1f} of {total:.1f} s · {(total - self.seconds) / speed:.0f} s left"
         else:
-            needed = math.ceil(min(CHUNK_SECONDS, total) * self.fps / self.step) + (self.step > 1)
+            needed = max(1, round(min(CHUNK_SECONDS, total) * self.fps / self.step)) + (self.step > 1)
             done = min(len(self.cached), needed)
             status = f"First chunk: {done} of {needed} frames"
             if done:
@@ -1153,7 +1153,7 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 864
             if "person" in DETECTOR.id2label.values():
                 gr.Markdown(
                     f"The model knows people, vehicles, animals and things, but not the shapes in these examples. "
-                    f"No video at hand? Try this [street]({STREET_VIDEO})."
+                    f"No video at hand? Try this [street scene]({STREET_VIDEO})."
                 )
             gr.Examples(sorted(map(str, EXAMPLES.glob("*.mp4"))), inputs=source)
             with gr.Column(elem_id="settings"):

@@ -13,10 +13,10 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import cv2
@@ -70,8 +70,7 @@ class VideoError(ValueError):
     """The file cannot be processed. The message is a sentence for the person who chose it."""
 
 
-@dataclass(frozen=True)
-class VideoInfo:
+class VideoInfo(NamedTuple):
     """A video track as its packets describe it. Times are in seconds from its first frame."""
 
     path: str
@@ -159,8 +158,7 @@ def _timestamps(container: av.container.InputContainer, stream: av.VideoStream) 
 
 def _frame_rate(ticks: np.ndarray, time_base: Fraction, header_rate: Fraction | None) -> Fraction:
     """Frames per second of sorted, unique timestamps. The header's rate counts only if they agree with it: it is exact
-    (30000/1001), but may be absurd (90000 in browser recordings) or thinned by long gaps (screen recordings).
-    """
+    (30000/1001), but may be absurd (90000 in browser recordings) or thinned by long gaps (screen recordings)."""
     rate, steps = header_rate or Fraction(25), np.diff(ticks)
     median = np.median(steps) if len(steps) else 0
     usual_steps = steps[abs(steps - median) < median / 2]
@@ -174,8 +172,7 @@ def _frame_rate(ticks: np.ndarray, time_base: Fraction, header_rate: Fraction | 
     return min(max(rate, Fraction(1, 1001)).limit_denominator(1001), Fraction(MAX_FPS))
 
 
-@dataclass(frozen=True, eq=False)
-class Frame:
+class Frame(NamedTuple):
     """A frame of the output: `image` is uint8 (height, width, 3) BGR at the output's size."""
 
     image: np.ndarray
@@ -338,13 +335,11 @@ class ChunkWriter:
     def __init__(self, folder: str | None, size: tuple[int, int], fps: Fraction, has_audio: bool):
         handle, self.path = tempfile.mkstemp(".mp4", "chunk-", folder)
         os.close(handle)
-        self._frames, self._samples = 0, 0
+        self._samples = 0
         self._container = container = av.open(self.path, "w", format="mp4")
-        # One key frame, at the start, is enough for a chunk. CRF 23 is x264's default quality. OpenCV converts BGR to
-        # BT.601 in limited range, whatever the source had.
-        options = {"preset": "superfast", "coder": "vlc", "crf": "23", "g": "100000", "bf": "0"}
+        # CRF 23 is x264's default quality. OpenCV converts BGR to BT.601 in limited range, whatever the source had.
+        options = {"preset": "superfast", "coder": "vlc", "crf": "23", "bf": "0", "threads": str(HELPER_THREADS)}
         options |= {"colorspace": "bt470bg", "color_range": "tv", "color_primaries": "bt709", "color_trc": "bt709"}
-        options["threads"] = str(HELPER_THREADS)
         self._video = container.add_stream("libx264", fps, options, width=size[0], height=size[1], pix_fmt="yuv420p")
         self._audio = container.add_stream("flac", AUDIO_RATE, layout="stereo", format="s16") if has_audio else None
 
@@ -352,8 +347,7 @@ class ChunkWriter:
         """Adds a frame, uint8 (height, width, 3) BGR."""
         # Not `from_numpy_buffer`: PyAV 18.1 misreads its colour planes unless the height is a multiple of four.
         frame = av.VideoFrame.from_ndarray(cv2.cvtColor(image, cv2.COLOR_BGR2YUV_I420), format="yuv420p")
-        frame.pts, frame.duration = self._frames, 1  # in frames
-        self._frames += 1
+        frame.duration = 1  # in frames
         self._container.mux(self._video.encode(frame))
 
     def write_audio(self, samples: np.ndarray) -> None:

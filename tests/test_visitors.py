@@ -37,7 +37,8 @@ def test_eight_clients_at_once_get_each_what_they_get_alone(server, tmp_path):
         report = app.Report(str(path), threshold, [], resolution)
         for update in app.stream_object_detection(str(path), threshold, resolution=resolution, folder=tmp_path):
             report.add(update)
-        assert found == json.loads(json.dumps(report.as_dict(report.detections())))
+        report.folder = str(tmp_path)
+        assert found == json.loads(Path(report.save()[2]).read_text())
         np.testing.assert_array_equal(read_chunks([annotated]).pictures, read_chunks(report.chunks).pictures)
 
 
