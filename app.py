@@ -731,7 +731,8 @@ class Report:
             if done:
                 status += f", {elapsed / done * (needed - done):.0f} s left"
         if self.step > 1:
-            status += f" · analysing every {self.step}{ {2: 'nd', 3: 'rd'}.get(self.step, 'th') } frame"
+            suffix = "th" if self.step in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(self.step % 10, "th")
+            status += f" · analysing every {self.step}{suffix} frame"
         return f"{status} · {speed:.1f}× real time · {DETECTOR.name} on {DEVICE.type}"
 
     def progress(self) -> str:

@@ -120,10 +120,10 @@ def seconds_of_work(pid, seconds=0.5):
     return (ticks() - before) / os.sysconf("SC_CLK_TCK")
 
 
-def test_after_fifty_visitors_who_went_all_is_as_after_the_fifth(server_process, cache, tmp_path):
+def test_after_thirty_visitors_who_went_all_is_as_after_the_fifth(server_process, cache, tmp_path):
     server, pid = server_process
-    path = upload(server, Kind("fifty", frames=1200).make(tmp_path))
-    for number in range(50):
+    path = upload(server, Kind("thirty", frames=1200).make(tmp_path))
+    for number in range(30):
         visitor = Visitor(server, path, threshold=(1 + number % 19) / 20)
         visitor.wait_for("playlist|m3u8")
         visitor.leave()
@@ -140,7 +140,7 @@ def test_after_fifty_visitors_who_went_all_is_as_after_the_fifth(server_process,
     assert now["files"] <= after_five["files"]
     assert now["threads"] <= after_five["threads"] + 3  # the server's own pool
     assert now["open files"] <= after_five["open files"] + 3
-    assert now["memory"] < after_five["memory"] + 60
+    assert now["memory"] < after_five["memory"] + 40
 
 
 # ------------------------------------------------------------------------------------------------- the queue
