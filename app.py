@@ -79,30 +79,27 @@ MIN_SCORE = 0.05  # detections below this are neither cached, drawn nor reported
 # of its own, so that cores do not wait for each other at each layer: one frame of 640x640, or eight of 256x256.
 PASS_PIXELS = {"cuda": 60 * 640 * 640, "mps": 16 * 640 * 640, "cpu": 8 * 256 * 256}
 BATCH_BYTES = 128 << 20  # of decoded frames per batch
-ANALYSED = ("As many as keep up", "Every frame")
-KEEP_UP_SHARE = 0.6  # of real time for the model; the rest is for reading, drawing, encoding, and perhaps the browser
-MOST_GAP_SECONDS = 0.5  # between analysed frames
+KEEP_UP, EVERY_FRAME = "As many as keep up", "Every frame"
+KEEP_UP_SHARE = 0.6  # of real time for the model; the rest is for reading, drawing, encoding, and possibly the browser
+MAX_GAP_SECONDS = 0.5  # between analysed frames
 
 # Mean difference between thumbnails of consecutive frames (0 to 255), and its ratio to the previous difference. In a
 # film at 25 and 12.5 frames per second, cuts changed 43 to 81. Its fastest motion changed up to 31, but the previous
 # frame had changed as much. These limits found all 5 and 10 cuts and nothing else; a ratio of 2 missed 2 of 10.
 CUT_CHANGE, CUT_FACTOR = 25, 1.5
 
-# Found on 144 rendered scenes, seeds 100 to 111, 12 and 15 frames per second, score threshold 0.30: objects kept their
-# number in 96.4 % of their sightings, and 881 were counted where 865 exist. With the library's own thresholds: 92.2 %
-# and 961; its own box prediction: 95.2 % and 899; ByteTrack 88.5 % and 1,055, OC-SORT 80.8 % and 1,156; without
-# `look_back`: 93.3 % and 871. Weaker boxes, from 0.1 or 0.2, gained 0.1 % at most.
-LOST_SECONDS = 1.2  # an object keeps its number for so long while it is not seen; 0.8 s: 95.5 %, 1.5 s: 96.8 %
-NEW_SECONDS = 0.25  # a new object gets its number after this long; 0.1 s: 95.5 %, and 24 % more numbers
-BELIEVED_SECONDS = 1.0  # an object counts after being seen this long; 0.6 s: 909 objects, 0.3 s: 940
+# Tuned on 144 rendered scenes with known objects; tests/README.md has the figures.
+LOST_SECONDS = 1.2  # an object keeps its number for so long while it is not seen
+NEW_SECONDS = 0.25  # a new object gets its number after this long
+BELIEVED_SECONDS = 1.0  # an object counts after being seen this long
 TRACKER = {
     "track_activation_threshold": 0.0,  # any detection that is drawn may start a track
     "high_conf_det_threshold": 0.0,
-    "minimum_iou_threshold_first_assoc": 0.01,  # 0.05: 96.3 %, 0.2: 95.2 %
-    "buffer_ratio_first": 0.8,  # boxes are enlarged by this share of their size; 0.6: 96.4 %, 1.0: 95.9 %
+    "minimum_iou_threshold_first_assoc": 0.01,
+    "buffer_ratio_first": 0.8,  # boxes are enlarged by this share of their size
     "instant_first_frame_activation": False,
 }
-MOST_DIFFERENT = 2.5  # upper limit for two detections to match; 2.0 to 3.5 change interpolated frames by less than 1 %
+MAX_COST = 2.5  # upper limit for two detections to match; 2.0 to 3.5 change interpolated frames by less than 1 %
 TRAIL_SECONDS = 1.5
 
 CACHED_VIDEOS = 16  # whose detections are kept in memory, at some hundred bytes per frame
@@ -111,8 +108,8 @@ ON_ZEROGPU = spaces.config.Config.zero_gpu  # `spaces` has no public name for it
 GPU_SECONDS = 60  # of a ZeroGPU per call, at most: a request that exceeds the visitor's quota is refused
 GPU_RESERVE_SECONDS = 4  # of GPU_SECONDS, to finish the last chunk
 GPU_SECONDS_PER_FRAME = 0.02  # of output, until it is measured
-VISITORS_AT_ONCE = 32 if ON_ZEROGPU else 4  # concurrent runs; others wait in a queue
-MAX_QUEUE = 100  # runs, including those that wait
+CONCURRENT_RUNS = 32 if ON_ZEROGPU else 4  # concurrent runs; others wait in a queue
+MAX_RUNS = 100  # runs, including those that wait
 SETTLE_SECONDS = 0.15  # debounce: each step of a dragged slider starts a run, which waits this long for another
 HEARTBEAT_SECONDS = 0.25  # longest interval between status updates, and between checks for Stop
 PICTURE_AFTER_SECONDS = 1  # the first frame is shown as a picture if the first chunk takes longer
@@ -240,7 +237,7 @@ def optimize_for_cpu(model: torch.nn.Module) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch's RuntimeErrors for it differ by device; all mention memory."""
+    """PyTorch's out-of-memory errors differ by device. All are RuntimeErrors that mention memory."""
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
 
 
@@ -248,7 +245,7 @@ def load_detector() -> tuple[Detector, str]:
     """Returns the detector that `MODEL_ID` names, or the default one, and a note for the page, usually empty.
 
     Without `MODEL_ID`, if the Hub is unreachable and the default checkpoint is not cached, this is the detector that
-    ships with the app. Any other problem ends the program: it must not look like a missing network.
+    ships with the app. Any other problem ends the program: it must not be mistaken for a missing network.
     """
     model_id = os.environ.get("MODEL_ID", "").strip()
     source = model_id or (DEFAULT_CPU_MODEL_ID if DEVICE.type == "cpu" else DEFAULT_MODEL_ID)
@@ -292,7 +289,7 @@ class FrameDetections(NamedTuple):
     """What the model found on one frame."""
 
     source_index: int  # number of the frame in the source, from 0
-    pts_seconds: float
+    pts_seconds: float  # from the first frame of the source
     source_size: tuple[int, int]  # width and height in pixels, upright
     detections: np.ndarray  # as `Detector` returns them, whatever the threshold
     objects: np.ndarray  # those that are drawn, (N, 7): the same columns and the object's number, 0 if none
@@ -305,7 +302,7 @@ class StreamUpdate(NamedTuple):
     frames: list[FrameDetections]  # analysed since the last update
     output_frames: int  # how many the output has, counted from the beginning of the video
     is_end: bool  # of the video
-    gpu_seconds: float  # since the call began
+    elapsed_seconds: float  # since the call began
     tracker: ObjectTracker
 
 
@@ -316,6 +313,7 @@ class Batch(NamedTuple):
     start: int  # output index of the first one
     is_end: bool  # of the video
     detections: Sequence[np.ndarray] = ()  # on each frame; this and the rest is added by `detect_batches`
+    analysed: Sequence[bool] = ()  # whether the detections are the model's
     cuts: Sequence[bool] = ()  # whether a new shot begins with the frame
     is_cached: bool = False  # whether no frame needed the model
 
@@ -351,12 +349,13 @@ def stream_object_detection(
         budget_seconds: The stream ends shortly before this time limit; with 0, at the first frame not in `cached`.
 
     Yields:
-        One `StreamUpdate` per chunk of two seconds; the last one is shorter.
+        One `StreamUpdate` per chunk of about two seconds. The last one may be shorter, a joined one is longer.
 
     Raises:
         gr.Error: If the file is not a video that can be decoded, or something else fails.
     """
-    began, cached, found, writer, previous = time.monotonic(), {} if cached is None else cached, [], None, None
+    began, cached = time.monotonic(), {} if cached is None else cached
+    found, writer, previous = [], None, None
     try:
         info = read_video_info(video)
         scale, fps = RESOLUTIONS[resolution].scale, info.fps / RESOLUTIONS[resolution].step
@@ -369,13 +368,14 @@ def stream_object_detection(
             for batch in detected:
                 selected = [select(detections, conf_threshold, classes) for detections in batch.detections]
                 objects = tracker.update(selected, batch.cuts)
-                for frame, detections, drawn in zip(batch.frames, batch.detections, objects, strict=True):
+                frames = zip(batch.frames, batch.detections, batch.analysed, objects, strict=True)
+                for frame, detections, is_analysed, drawn in frames:
                     trails = tracker.trails(drawn)
                     if frame is not previous:  # it comes again if the source shows it for longer
                         draw(frame.image, drawn, trails if tracks else None)
-                        if frame.source_index in cached:
-                            place = frame.source_index, frame.pts_seconds, frame.source_size
-                            found.append(FrameDetections(*place, detections, drawn))
+                        if is_analysed:
+                            source = frame.source_index, frame.pts_seconds, frame.source_size
+                            found.append(FrameDetections(*source, detections, drawn))
                     writer = writer or ChunkWriter(folder, frame.image.shape[1::-1], fps, bool(audio))
                     writer.write(frame.image)
                     previous = frame
@@ -424,39 +424,37 @@ def detect_batches(
     find_cut, before = CutFinder(), None
     with contextlib.closing(batches):
         for batch in batches:
-            due = [*batch.frames[(-batch.start - 1) % step :: step], batch.frames[-1]]
-            due += batch.frames[:1] if before is None else []
-            new = {frame.source_index: frame.image for frame in due if frame.source_index not in cached}
+            to_analyse = [*batch.frames[(-batch.start - 1) % step :: step], batch.frames[-1]]
+            to_analyse += batch.frames[:1] if before is None else []
+            new = {frame.source_index: frame.image for frame in to_analyse if frame.source_index not in cached}
             if new and time.monotonic() > deadline:
                 return
             if new:
                 cached.update(zip(new, DETECTOR([*new.values()]), strict=True))
             cuts = [find_cut(frame.image) for frame in batch.frames]
-            detections = fill_gaps([before, *(cached.get(frame.source_index) for frame in batch.frames)], cuts)
-            yield batch._replace(detections=detections, cuts=cuts, is_cached=not new)
+            found = [cached.get(frame.source_index) for frame in batch.frames]
+            detections, analysed = fill_gaps([before, *found], cuts), [boxes is not None for boxes in found]
+            yield batch._replace(detections=detections, analysed=analysed, cuts=cuts, is_cached=not new)
             before = detections[-1]
 
 
 def select(detections: np.ndarray, conf_threshold: float, classes: Sequence[str]) -> np.ndarray:
     """The detections above the threshold and, unless `classes` is empty, in one of them."""
-    numbers = [number for number, label in DETECTOR.id2label.items() if label in classes or not classes]
-    return detections[(detections[:, 4] > conf_threshold) & np.isin(detections[:, 5], numbers)]
+    class_ids = [class_id for class_id, label in DETECTOR.id2label.items() if label in classes or not classes]
+    return detections[(detections[:, 4] > conf_threshold) & np.isin(detections[:, 5], class_ids)]
 
 
 def draw(image: np.ndarray, objects: np.ndarray, trails: Sequence[np.ndarray] | None) -> None:
     """Draws objects, (N, 7), into an image, uint8 (height, width, 3) BGR; with numbers if there are trails."""
     height, width = image.shape[:2]
-    labels = [DETECTOR.id2label[int(number)] for number in objects[:, 5]]
+    labels = [DETECTOR.id2label[int(class_id)] for class_id in objects[:, 5]]
     numbers = None if trails is None else objects[:, 6].astype(int)
     trails = trails and [trail * (width, height) for trail in trails]
     draw_bounding_boxes(image, objects[:, :4] * (width, height, width, height), objects[:, 4], labels, numbers, trails)
 
 
-END = object()
-
-
 def lower_thread_priority() -> None:
-    """Delivering finished chunks takes priority over preparing new ones: the first one arrives 20 % sooner."""
+    """Delivering chunks takes priority over preparing more: the first one arrives 20 % sooner. Nesting adds up."""
     if sys.platform == "linux":  # elsewhere it would be the whole process
         os.nice(10)
 
@@ -469,16 +467,17 @@ def prefetch(items: Generator[T], heartbeat_seconds: float | None = None) -> Gen
     Args:
         heartbeat_seconds: After this long without an item, None is yielded.
     """
-    executor, context = ThreadPoolExecutor(1, initializer=lower_thread_priority), contextvars.copy_context()
-    item = executor.submit(context.run, next, items, END)
+    executor, end = ThreadPoolExecutor(1, initializer=lower_thread_priority), object()
+    context = contextvars.copy_context()  # has the visitor's request, which ZeroGPU reads
+    item = executor.submit(context.run, next, items, end)
     try:
         while True:
             if not wait([item], heartbeat_seconds).done:
                 yield None
-            elif (result := item.result()) is END:
+            elif (result := item.result()) is end:
                 return
             else:
-                item = executor.submit(context.run, next, items, END)
+                item = executor.submit(context.run, next, items, end)
                 yield result
     finally:
         executor.submit(items.close)
@@ -503,14 +502,14 @@ class CutFinder:
         return is_cut
 
 
-CLASS_OFFSET = 10  # frame widths: one tracker serves all classes, whose boxes are so far apart that they never overlap
+CLASS_OFFSET = 10  # frame widths between the boxes of two classes, so that one tracker can serve all
 
 
 class PredictedBox(XCYCWHStateEstimator):
-    """Where the library expects an object next: it moves on, but keeps its size, and its centre stays in the picture.
+    """Predicts a constant size, and keeps the centre inside the picture.
 
-    Otherwise, the box of an object that leaves would move away and shrink to nothing, like what is last seen of it, and
-    would not match when the object comes back.
+    By default, the predicted box of an object that leaves shrinks, as its visible part does, and drifts away. It would
+    not match when the object returns.
     """
 
     def clamp_velocity(self, frame_step: float = 1.0) -> None:  # called before each prediction
@@ -548,7 +547,7 @@ class ObjectTracker:
         """
         numbers = [self._number(*frame) for frame in zip(frames, cuts, strict=True)]
         for index in reversed(np.flatnonzero(~np.array(cuts[1:], bool))):
-            look_back(frames[index], numbers[index], frames[index + 1], numbers[index + 1])
+            backfill_numbers(frames[index], numbers[index], frames[index + 1], numbers[index + 1])
         return [np.column_stack(frame) for frame in zip(frames, numbers, strict=True)]
 
     def _number(self, detections: np.ndarray, is_cut: bool) -> np.ndarray:
@@ -578,9 +577,9 @@ class ObjectTracker:
         return [centres[(labels == label) & (numbers == number)] for label, number in objects[:, 5:]]
 
 
-def look_back(detections: np.ndarray, numbers: np.ndarray, later: np.ndarray, later_numbers: np.ndarray) -> None:
+def backfill_numbers(detections: np.ndarray, numbers: np.ndarray, later: np.ndarray, later_numbers: np.ndarray) -> None:
     """Copies a new object's number back to the frame before the one that assigned it."""
-    cost = differences(detections, later)
+    cost = matching_costs(detections, later)
     for index in np.flatnonzero(numbers == 0):
         taken = numbers[detections[:, 5] == detections[index, 5]]
         is_new = (later_numbers > 0) & ~np.isin(later_numbers, taken) & (cost[index] < 1)
@@ -619,9 +618,9 @@ def interpolate(before: np.ndarray, after: np.ndarray, fraction: float) -> np.nd
     Matched boxes move linearly. Unmatched boxes stay in place: the earlier ones fade out before the middle of the gap,
     the later ones fade in after it. A low-scoring flicker therefore disappears quickly.
     """
-    cost = differences(before, after)
-    rows, columns = linear_sum_assignment(np.minimum(cost, 2 * MOST_DIFFERENT))
-    is_pair = cost[rows, columns] < MOST_DIFFERENT
+    cost = matching_costs(before, after)
+    rows, columns = linear_sum_assignment(np.minimum(cost, 2 * MAX_COST))
+    is_pair = cost[rows, columns] < MAX_COST
     rows, columns = rows[is_pair], columns[is_pair]
     moved = (1 - fraction) * before[rows] + fraction * after[columns]
     alone = np.delete(before, rows, axis=0) if fraction < 0.5 else np.delete(after, columns, axis=0)
@@ -630,7 +629,7 @@ def interpolate(before: np.ndarray, after: np.ndarray, fraction: float) -> np.nd
     return filled[np.argsort(-filled[:, 4], kind="stable")]
 
 
-def differences(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+def matching_costs(some: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Dissimilarity of detections (N, 6) and (M, 6), as (N, M): centre distance in box sizes, plus the absolute log
     ratios of widths and heights. Infinite between classes."""
     sizes, other_sizes = (np.maximum(found[:, 2:4] - found[:, :2], 1e-6) for found in (some, others))
@@ -660,9 +659,9 @@ def step_to_keep_up(video: str, modified: float, resolution: str) -> int:
     Decided once per video, so that later runs find the same frames in the cache. The runs in progress share the model.
     """
     fps = read_video_info(video).fps / RESOLUTIONS[resolution].step
-    runs = max(1, min(len(QUEUE), VISITORS_AT_ONCE))
+    runs = max(1, min(len(QUEUE), CONCURRENT_RUNS))
     needed = math.ceil(DETECTOR.seconds_per_frame * runs * fps / KEEP_UP_SHARE)
-    return max(1, min(needed, int(MOST_GAP_SECONDS * fps)))
+    return max(1, min(needed, int(MAX_GAP_SECONDS * fps)))
 
 
 TABLE_HEADERS = ["Class", "Objects", "Most at once", "First (s)", "Last (s)"]
@@ -679,27 +678,27 @@ class Report:
         conf_threshold: float,
         classes: Sequence[str],
         resolution: str,
-        analysed: str = ANALYSED[0],
+        analysed: str = KEEP_UP,
         tracks: bool = True,
     ):
         self.info, self.conf_threshold, self.classes = read_video_info(video), conf_threshold, list(classes or ())
         self.resolution, self.fps, self.tracks = resolution, self.info.fps / RESOLUTIONS[resolution].step, tracks
         file = (video, os.path.getmtime(video), resolution)
-        self.cached, self.step = cached_detections(*file), step_to_keep_up(*file) if analysed == ANALYSED[0] else 1
+        self.cached, self.step = cached_detections(*file), step_to_keep_up(*file) if analysed == KEEP_UP else 1
         self.chunks: list[str] = []
         self.folder, self.failure, self.waits_for_gpu = "", None, False
         self.output_frames, self.is_end = 0, False
-        self._started, self._frames, self._source_size, self._picture = time.monotonic(), 0, (None, None), ""
-        self._rows: list[np.ndarray] = []  # a float32 (N, 9) array per frame: `COLUMNS`, with the label's number
+        self._started, self._source_size, self._picture = time.monotonic(), (None, None), ""
+        # A float32 (N, 9) array per frame, by source index: `COLUMNS`, with the label's number.
+        self._rows: dict[int, np.ndarray] = {}
 
     def add(self, update: StreamUpdate) -> None:
         self.chunks.append(update.chunk)
         self.output_frames, self.is_end = update.output_frames, update.is_end
-        self._frames += len(update.frames)
         for index, seconds, self._source_size, _, objects in update.frames:
-            when = np.broadcast_to((seconds, index), (len(objects), 2))
+            time_and_frame = np.broadcast_to((seconds, index), (len(objects), 2))
             boxes = np.clip(objects[:, :4], 0, 1) * (self._source_size * 2)
-            self._rows.append(np.column_stack((when, objects[:, [5, 6, 4]], boxes)).astype(np.float32))
+            self._rows[index] = np.column_stack((time_and_frame, objects[:, [5, 6, 4]], boxes)).astype(np.float32)
 
     @property
     def seconds(self) -> float:
@@ -715,10 +714,10 @@ class Report:
         elapsed, total = time.monotonic() - self._started, self.info.duration_seconds
         speed = self.seconds / elapsed if elapsed else 0.0
         if ended:
-            found = sum(map(len, self._rows))
+            found = sum(map(len, self._rows.values()))
             status = f"{ended}: {self.seconds:.1f} s of video in {elapsed:.1f} s"
-            status += f", {found:,} detections on {self._frames:,} frames"
-            if not found:
+            status += f", {found:,} detections on {len(self._rows):,} frames"
+            if self._rows and not found:
                 status += f" · Nothing above {self.conf_threshold:g}. Try a lower threshold."
         elif self.waits_for_gpu:
             status = f"Waiting for a GPU… · {self.seconds:.1f} of {total:.1f} s"
@@ -756,7 +755,7 @@ class Report:
 
     def detections(self) -> pd.DataFrame:
         """A row per detection, with the columns of the CSV file; boxes in pixels of the source."""
-        table = pd.DataFrame(np.concatenate([np.zeros((0, len(COLUMNS))), *self._rows]), columns=COLUMNS)
+        table = pd.DataFrame(np.concatenate([np.zeros((0, len(COLUMNS))), *self._rows.values()]), columns=COLUMNS)
         table = table.astype({"frame": int, "track": "Int64"}).replace({"track": {0: pd.NA}})
         table["label"] = table["label"].map(DETECTOR.id2label).astype(object)
         return table.round({"time_seconds": 3, "score": 4} | dict.fromkeys(BOX_COLUMNS, 1))
@@ -765,7 +764,7 @@ class Report:
         """The detections of objects that were seen long enough: one flickering frame is none."""
         found = self.detections().dropna(subset="track")
         objects = [found["label"], found["track"]]
-        seconds = found.groupby(objects)["time_seconds"].diff().clip(upper=MOST_GAP_SECONDS)
+        seconds = found.groupby(objects)["time_seconds"].diff().clip(upper=MAX_GAP_SECONDS)
         enough = min(BELIEVED_SECONDS, self.info.duration_seconds / 2)  # a short video can have objects
         return found[seconds.groupby(objects).transform("sum") >= enough]
 
@@ -829,18 +828,18 @@ class Run:
     has_ended: threading.Event = field(default_factory=threading.Event)
 
 
-QUEUE: list[Run] = []  # all runs in the order of their arrival; the first `VISITORS_AT_ONCE` are in progress
+QUEUE: list[Run] = []  # all runs in the order of their arrival; the first `CONCURRENT_RUNS` are in progress
 QUEUE_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
 def new_run(session: object) -> Iterator[Run]:
-    """Makes a run that takes the place of the session's run, if any, once that one has sent its last output."""
+    """Queues a run, stops the session's previous one, and waits until that one has sent its last output."""
     run = Run(session)
     with QUEUE_LOCK:
-        if len(QUEUE) >= MAX_QUEUE:
+        if len(QUEUE) >= MAX_RUNS:
             raise gr.Error("Too many people are using this app. Try again in a few minutes.", title="Busy")
-        previous = [other for other in QUEUE if other.session == session]
+        previous = [other for other in list(QUEUE) if other.session == session]
         QUEUE.append(run)
     try:
         for other in previous:
@@ -869,12 +868,12 @@ def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dic
         gr.Error: At the end, if something failed.
     """
     try:
-        while not run.is_stopped and (position := QUEUE.index(run) - VISITORS_AT_ONCE + 1) > 0:
+        while not run.is_stopped and (position := QUEUE.index(run) - CONCURRENT_RUNS + 1) > 0:
             yield {status: f"Waiting in the queue: position {position}."}
             time.sleep(HEARTBEAT_SECONDS)
         yield {status: "Reading the video…"}
         report = Report(*settings)
-        with contextlib.closing(prefetch(stream_into(report, join_seconds), HEARTBEAT_SECONDS)) as updates:
+        with contextlib.closing(prefetch(stream_to_folder(report, join_seconds), HEARTBEAT_SECONDS)) as updates:
             while not (run.is_stopped or report.is_end or report.failure):
                 if update := next(updates):
                     report.add(update)
@@ -900,25 +899,25 @@ def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dic
         raise error from None
 
 
-def stream_into(report: Report, join_seconds: float = 0) -> Generator[StreamUpdate | None]:
+def stream_to_folder(report: Report, join_seconds: float = 0) -> Generator[StreamUpdate | None]:
     """Streams a video to its end. An error becomes the report's failure.
 
-    Then it yields None: `report.folder` has the chunks until this generator is closed.
+    After that, it yields None until it is closed, which removes the chunks with `report.folder`.
     """
     with tempfile.TemporaryDirectory(prefix="chunks-") as report.folder:
         try:
-            yield from stream_in_calls(report, join_seconds)
+            yield from stream_across_calls(report, join_seconds)
         except Exception as error:
             report.failure = user_facing_error(error)
         while True:
             yield None
 
 
-def stream_in_calls(report: Report, join_seconds: float) -> Generator[StreamUpdate]:
+def stream_across_calls(report: Report, join_seconds: float) -> Generator[StreamUpdate]:
     """On ZeroGPU, cached frames without a GPU, and the rest in as many calls as needed; elsewhere, a single call."""
-    with_gpu, update, output_frames, seconds_per_frame = not ON_ZEROGPU, None, 0, GPU_SECONDS_PER_FRAME
-    while not (update and update.is_end):
-        budget_seconds, start = math.inf if with_gpu else 0, output_frames
+    update, seconds_per_frame = None, GPU_SECONDS_PER_FRAME
+    for with_gpu in itertools.cycle((False, True) if ON_ZEROGPU else (True,)):
+        start, budget_seconds = update.output_frames if update else 0, math.inf if with_gpu else 0
         if with_gpu and ON_ZEROGPU:
             frames = round(report.info.duration_seconds * report.fps) - start
             budget_seconds, report.waits_for_gpu = gpu_budget_seconds(frames, seconds_per_frame), True
@@ -931,18 +930,19 @@ def stream_in_calls(report: Report, join_seconds: float) -> Generator[StreamUpda
         )  # fmt: skip
         with contextlib.closing(updates):
             for update in updates:
-                report.waits_for_gpu, output_frames = False, update.output_frames
+                report.waits_for_gpu = False
                 report.cached.update((frame.source_index, frame.detections) for frame in update.frames)
                 yield update
-        if with_gpu and output_frames == start:
-            raise gr.Error("The GPU was not fast enough for a single frame.", title="No result")
+        if update and update.is_end:
+            return
         if with_gpu:
-            seconds_per_frame = update.gpu_seconds / (output_frames - start)
-        with_gpu = not with_gpu or not ON_ZEROGPU
+            if not update or update.output_frames == start:
+                raise gr.Error("The GPU was not fast enough for a single frame.", title="No result")
+            seconds_per_frame = update.elapsed_seconds / (update.output_frames - start)
 
 
 def gpu_budget_seconds(frames: int, seconds_per_frame: float) -> int:
-    """How long to request a ZeroGPU for that many output frames: half as long again, and some time to start and end."""
+    """How long to request a ZeroGPU: 1.5 times the expected time, plus a reserve for the start and the last chunk."""
     return math.ceil(min(GPU_SECONDS, 2 * GPU_RESERVE_SECONDS + 1.5 * frames * seconds_per_frame))
 
 
@@ -966,7 +966,7 @@ def user_facing_error(error: Exception) -> gr.Error:
 
 
 def buttons(running: bool) -> dict:
-    return {start: gr.update(interactive=not running), stop: gr.update(interactive=running)}
+    return {start_button: gr.update(interactive=not running), stop_button: gr.update(interactive=running)}
 
 
 def cleared() -> dict:
@@ -997,19 +997,15 @@ def stream_to_page(
     """
     with new_run(request.session_hash) as run:
         time.sleep(SETTLE_SECONDS)
-        if run.is_replaced:
-            yield {status: gr.skip()}  # without any output, Gradio would empty all components
-            return
-        if video is None:
+        if not run.is_replaced and video is None:
             yield {status: WELCOME, files: None, **cleared(), **buttons(running=False)}
-            return
-        yield {files: None, **buttons(running=True), **(cleared() if playhead_seconds < 0 else {})}
-        settings = (video, conf_threshold, classes, resolution, analysed, tracks)
-        for values in follow(run, *settings, join_seconds=playhead_seconds):
-            if run.is_replaced:
-                break
-            yield values
-    # When a run ends, Gradio sends its last output again, perhaps after the first one of its successor.
+        elif not run.is_replaced:
+            yield {files: None, **buttons(running=True), **(cleared() if playhead_seconds < 0 else {})}
+            settings = (video, conf_threshold, classes, resolution, analysed, tracks)
+            updates = follow(run, *settings, join_seconds=playhead_seconds)
+            yield from itertools.takewhile(lambda _: not run.is_replaced, updates)
+    # Gradio repeats a run's last output when it ends, perhaps after the first one of its successor. Without any output,
+    # it would empty all components.
     yield {status: gr.skip()}
 
 
@@ -1049,23 +1045,24 @@ const seek = (seconds) => { if (player()) player().currentTime = seconds; };
 
 // A new stream begins at 0:00, and Gradio has no property for the playhead. After a change of the settings, the
 // playhead is sent with them, and the new stream goes on there.
-let left = null;  // the previous stream: its URL and position in seconds
+let resumePoint = null;  // the previous stream: its URL and position in seconds
 const startOver = (inputs) => {
-    left = null;
+    resumePoint = null;
     document.body.classList.remove("playing");
     document.querySelector("#processed").scrollIntoView({behavior: "smooth", block: "nearest"});
     return [...inputs.slice(0, -1), -1];
 };
 const resume = (inputs) => {
     const video = player();
-    if (!left && video && !video.ended) left = {src: video.currentSrc, seconds: video.currentTime};
-    return [...inputs.slice(0, -1), left?.seconds ?? 0];
+    if (!resumePoint && video && !video.ended) resumePoint = {src: video.currentSrc, seconds: video.currentTime};
+    return [...inputs.slice(0, -1), resumePoint?.seconds ?? 0];
 };
 const restorePosition = ({target: video, type}) => {
-    if (!left || video !== player() || video.currentSrc === left.src) return;
-    if (video.seekable.length && video.seekable.end(0) > left.seconds) seek(left.seconds);
+    if (!resumePoint || video !== player() || video.currentSrc === resumePoint.src) return;
+    const {seconds} = resumePoint;
+    if (video.seekable.length && video.seekable.end(0) > seconds) seek(seconds);
     else if (type !== "ended") return;
-    left = null;
+    resumePoint = null;
 };
 for (const type of ["canplay", "progress", "ended"]) document.addEventListener(type, restorePosition, true);
 
@@ -1158,16 +1155,18 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 864
                 )
             gr.Examples(sorted(map(str, EXAMPLES.glob("*.mp4"))), inputs=source)
             with gr.Column(elem_id="settings"):
-                hint = f"Nothing below {MIN_SCORE} is kept."
                 threshold = gr.Slider(
-                    0, 1, 0.30, step=0.05, label="Confidence threshold", info=hint, elem_id="threshold"
-                )
-                labels, hint = list(DETECTOR.id2label.values()), "Leave empty to show everything."
-                classes = gr.Dropdown(labels, multiselect=True, label="Classes", info=hint)
+                    0, 1, 0.30, step=0.05, label="Confidence threshold",
+                    info=f"Scores below {MIN_SCORE} are discarded.", elem_id="threshold",
+                )  # fmt: skip
+                classes = gr.Dropdown(
+                    list(DETECTOR.id2label.values()), multiselect=True, label="Classes",
+                    info="Leave empty to show everything.",
+                )  # fmt: skip
                 names = ("Faster (half size, every 2nd frame)", "Full quality")
                 choices = list(zip(names, RESOLUTIONS, strict=True))
                 resolution = gr.Radio(choices, value=HALF, label="Size and frame rate")
-                analysed = gr.Radio(ANALYSED, value=ANALYSED[0], label="Frames analysed")
+                analysed = gr.Radio([KEEP_UP, EVERY_FRAME], value=KEEP_UP, label="Frames analysed")
                 tracks = gr.Checkbox(True, label="Tracks", info="Show object numbers and trails.")
         with gr.Column():
             processed = gr.Video(
@@ -1176,44 +1175,43 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 864
             progress = gr.HTML(elem_id="progress")
             status = gr.Markdown(WELCOME, elem_id="status")
             with gr.Row():
-                start, stop = gr.Button("Run again", interactive=False), gr.Button("Stop", interactive=False)
+                start_button = gr.Button("Run again", interactive=False)
+                stop_button = gr.Button("Stop", interactive=False)
             with gr.Column(elem_id="results"):
-                widths = ["25%", "22%", "21%", "16%", "16%"]
                 table = gr.Dataframe(
-                    headers=TABLE_HEADERS,
-                    column_widths=widths,
-                    label="Objects found",
-                    interactive=False,
-                    elem_id="table",
-                )
+                    headers=TABLE_HEADERS, column_widths=["25%", "22%", "21%", "16%", "16%"], label="Objects found",
+                    interactive=False, elem_id="table",
+                )  # fmt: skip
                 plot = gr.LinePlot(
                     pd.DataFrame(columns=["second", "class", "count"]), x="second", y="count", color="class",
                     x_title="Seconds", y_title="Most at once", y_axis_format="d", height=240, visible="hidden",
                     elem_id="plot",
                 )  # fmt: skip
-                label = "Results (available when the run ends)"
-                files = gr.File(label=label, file_count="multiple", interactive=False, height=190, elem_id="files")
+                files = gr.File(
+                    label="Results (available when the run ends)", file_count="multiple", interactive=False,
+                    height=190, elem_id="files",
+                )  # fmt: skip
 
     settings = [source, threshold, classes, resolution, analysed, tracks]
     stream = {
         "fn": stream_to_page,
         "inputs": [*settings, gr.Number(0, visible=False, label="Playhead (s)")],
-        "outputs": [processed, status, table, plot, files, progress, start, stop],
+        "outputs": [processed, status, table, plot, files, progress, start_button, stop_button],
         "trigger_mode": "multiple",  # a new run replaces the one before
         "concurrency_limit": None,  # runs have a queue of their own
         "show_progress": "hidden",
     }
-    new_source = [source.change, start.click]
+    new_source = [source.change, start_button.click]
     gr.on(new_source, **stream, js="(...inputs) => startOver(inputs)", api_name="stream_object_detection")
     changes = [setting.change for setting in settings[1:]]
     gr.on(changes, **stream, js="(...inputs) => resume(inputs)", api_visibility="private")
-    stop.click(stop_run, queue=False, show_progress="hidden", api_visibility="private")
-    outputs = [gr.Video(visible=False), gr.JSON(visible=False)]
-    gr.Button(visible=False).click(detect_video, settings, outputs, concurrency_limit=None, api_name="detect_video")
+    stop_button.click(stop_run, queue=False, show_progress="hidden", api_visibility="private")
+    results = [gr.Video(visible=False), gr.JSON(visible=False)]
+    gr.Button(visible=False).click(detect_video, settings, results, concurrency_limit=None, api_name="detect_video")
 
 if __name__ == "__main__":
     # Gradio's screen recorder hands any upload to ffmpeg, which would follow a playlist in it.
     blocked = Route("/gradio_api/process_recording", lambda _: PlainTextResponse("Not found", 404), methods=["POST"])
     demo.launch(
-        css=CSS, head=HEAD, max_file_size=MAX_UPLOAD, app_kwargs={"routes": [blocked]}, max_threads=40 + MAX_QUEUE
+        css=CSS, head=HEAD, max_file_size=MAX_UPLOAD, app_kwargs={"routes": [blocked]}, max_threads=40 + MAX_RUNS
     )

@@ -99,11 +99,6 @@ def draw_bounding_boxes(
     return frame
 
 
-def load_font() -> None:
-    """Loads the font for the calling thread, which takes 30 ms; otherwise the first text in the thread does."""
-    cv2.getTextSize((0, 0), "0", (0, 0), cv2.FontFace("sans"), 10, TEXT_WEIGHT)
-
-
 def _check(frame, boxes, scores, labels, track_ids, trails) -> None:
     if getattr(frame, "dtype", None) != np.uint8 or frame.shape[2:] != (3,) or not frame.flags.carray:
         raise ValueError("frame must be a writeable, C-contiguous uint8 array of shape (height, width, 3).")

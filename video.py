@@ -178,7 +178,7 @@ class Frame(NamedTuple):
     image: np.ndarray
     source_size: tuple[int, int]  # width and height in the source, in pixels, upright
     source_index: int  # number of the frame in the source, from 0
-    pts_seconds: float  # in the source
+    pts_seconds: float  # from the first frame of the source, as decoded; always rising
 
 
 def sample_frames(video: VideoInfo, output_fps: Fraction, scale: Fraction, start: int = 0) -> Iterator[Frame]:

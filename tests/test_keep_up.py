@@ -17,7 +17,7 @@ import app
 from video import ChunkWriter
 
 EXAMPLE = str(app.EXAMPLES / "bouncing-shapes.mp4")
-KEEP_UP, EVERY = app.ANALYSED
+KEEP_UP, EVERY = app.KEEP_UP, app.EVERY_FRAME
 
 
 @pytest.fixture
@@ -70,6 +70,21 @@ def test_only_what_the_model_found_is_reported(slow_device, tmp_path):
     assert set(report.detections()["frame"]) <= set(report.cached)
     assert len(report.cached) < 30
     assert f"analysing every {report.step}th frame" in report.status("Done")
+
+
+def test_a_filled_frame_is_not_taken_for_an_analysed_one_if_another_run_analyses_it_meanwhile(
+    video, tmp_path, monkeypatch
+):
+    cached, draw = {}, app.draw
+
+    def draw_while_another_run_adds(*args):
+        cached.update({index: np.zeros((0, 6), np.float32) for index in range(150) if index not in cached})
+        draw(*args)
+
+    monkeypatch.setattr(app, "draw", draw_while_another_run_adds)
+    update = next(app.stream_object_detection(video, 0.3, step=5, cached=cached, folder=str(tmp_path)))
+    first_batch = [frame.source_index for frame in update.frames][:4]
+    assert first_batch == [0, 8, 18, 28]
 
 
 def test_from_keep_up_to_every_frame_only_the_rest_is_analysed_and_nothing_on_the_way_back(

@@ -29,7 +29,7 @@ def video(tmp_path):
 def run(video, conf_threshold=0.3, classes=(), resolution=app.HALF, save_to=None, analysed="Every frame"):
     """The report of a whole run, as the page makes it. Its files are copied to the folder `save_to`."""
     report = app.Report(video, conf_threshold, classes, resolution, analysed)
-    with closing(app.stream_into(report)) as updates:
+    with closing(app.stream_to_folder(report)) as updates:
         while not report.is_end and not report.failure:
             if update := next(updates):
                 report.add(update)
@@ -69,7 +69,7 @@ def test_a_restart_in_mid_stream_costs_only_the_rest(video, monkeypatch):
     passes = count_passes(monkeypatch)
     before = threading.active_count()
     report = app.Report(video, 0.3, (), app.HALF)
-    updates = app.stream_into(report)
+    updates = app.stream_to_folder(report)
     next(updates)
     updates.close()
     while threading.active_count() > before:
@@ -168,8 +168,21 @@ def test_the_table_and_the_plot_tell_the_same_story_as_the_truth(report):
 
 def test_a_threshold_of_0_costs_little_memory_per_frame(video):
     report = run(video, 0.0)
-    assert sum(rows.nbytes for rows in report._rows) < 2000 * 41
+    assert sum(rows.nbytes for rows in report._rows.values()) < 2000 * 41
     assert sum(rows.nbytes for rows in report.cached.values()) < 2000 * 41
+
+
+def test_a_frame_that_two_gpu_calls_show_is_reported_once(video, tmp_path):
+    report = app.Report(video, 0.0, (), app.HALF)
+    update = next(app.stream_object_detection(video, 0.0, folder=str(tmp_path)))
+    report.add(update)
+    once = len(report.detections())
+    report.add(update._replace(frames=update.frames[-1:]))
+    assert len(report.detections()) == once > 0
+
+
+def test_a_run_that_was_stopped_before_its_first_frame_does_not_advise_a_lower_threshold(video):
+    assert "Try a lower threshold" not in app.Report(video, 0.95, (), app.HALF).status("Stopped")
 
 
 def test_analysed_seconds_never_exceed_the_duration(tmp_path):
@@ -189,7 +202,7 @@ def test_a_failure_comes_after_everything_that_was_found(video, monkeypatch):
 
     detect = app.DETECTOR._forward_pass
     monkeypatch.setattr(app.DETECTOR, "_forward_pass", failing)
-    with closing(app.stream_into(report)) as updates:
+    with closing(app.stream_to_folder(report)) as updates:
         while update := next(updates):
             report.add(update)
     assert "Something went wrong" in report.failure.message

@@ -163,7 +163,7 @@ def video(tmp_path):
 
 
 def test_a_run_that_waits_says_its_position_and_can_be_stopped(video, monkeypatch):
-    monkeypatch.setattr(app, "VISITORS_AT_ONCE", 0)
+    monkeypatch.setattr(app, "CONCURRENT_RUNS", 0)
     lines = []
     with ThreadPoolExecutor() as pool:
         run = pool.submit(watch, "a", video, lines)
@@ -177,7 +177,7 @@ def test_a_run_that_waits_says_its_position_and_can_be_stopped(video, monkeypatc
 
 
 def test_runs_beyond_the_limit_wait_for_their_turn(video, monkeypatch):
-    monkeypatch.setattr(app, "VISITORS_AT_ONCE", 1)
+    monkeypatch.setattr(app, "CONCURRENT_RUNS", 1)
     lines = {session: [] for session in "abc"}
     with ThreadPoolExecutor() as pool:
         for session in lines:
@@ -189,7 +189,7 @@ def test_runs_beyond_the_limit_wait_for_their_turn(video, monkeypatch):
 
 
 def test_a_full_queue_gets_a_sentence(video, monkeypatch):
-    monkeypatch.setattr(app, "MAX_QUEUE", 0)
+    monkeypatch.setattr(app, "MAX_RUNS", 0)
     with pytest.raises(gr.Error) as error:
         watch("a", video, [])
     assert error.value.message == "Too many people are using this app. Try again in a few minutes."

@@ -133,7 +133,7 @@ def new_report(video: str, conf_threshold: float = 1.0) -> app.Report:
 def watch(report: app.Report, after_each=do_nothing) -> dict:
     """A run from its beginning to its end: what the chunks show, and what went wrong."""
     numbers, samples = [], 0
-    with contextlib.closing(app.stream_into(report)) as updates:
+    with contextlib.closing(app.stream_to_folder(report)) as updates:
         while update := next(updates):
             report.add(update)
             output = read_chunks([update.chunk])
@@ -215,7 +215,7 @@ def killed_worker(video: str, platform: Platform) -> dict:
 
 def visitor_who_leaves(video: str, platform: Platform) -> dict:
     def leave_after_a_chunk() -> float:
-        updates = app.prefetch(app.stream_into(new_report(video)), app.HEARTBEAT_SECONDS)
+        updates = app.prefetch(app.stream_to_folder(new_report(video)), app.HEARTBEAT_SECONDS)
         while not next(updates):
             pass
         began = time.monotonic()
@@ -235,7 +235,7 @@ def visitor_who_leaves_while_waiting(video: str, platform: Platform) -> dict:
 
     def leave_after_a_second() -> tuple[int, bool, float]:
         report, heartbeats, said_so, began = new_report(video), 0, False, time.monotonic()
-        updates = app.prefetch(app.stream_into(report), app.HEARTBEAT_SECONDS)
+        updates = app.prefetch(app.stream_to_folder(report), app.HEARTBEAT_SECONDS)
         for update in updates:
             heartbeats += update is None
             said_so = said_so or "Waiting for a GPU" in report.status()
