@@ -126,7 +126,7 @@ def test_a_gpu_that_comes_too_late_is_given_back_at_once(happened):
     assert run["granted_before"] == 0
     assert run["seconds_to_close"] < 0.1
     assert len(run["requests"]) == len(run["releases"]) == 1
-    assert run["seconds_to_release"] < 3
+    assert run["seconds_to_release"] < 6
     assert run["left"] == []
 
 
