@@ -108,8 +108,8 @@ ON_ZEROGPU = spaces.config.Config.zero_gpu  # `spaces` has no public name for it
 GPU_SECONDS = 60  # of a ZeroGPU per call, at most: a request that exceeds the visitor's quota is refused
 GPU_RESERVE_SECONDS = 4  # of GPU_SECONDS, to finish the last chunk
 GPU_SECONDS_PER_FRAME = 0.02  # of output, until it is measured
-CONCURRENT_RUNS = 32 if ON_ZEROGPU else 4  # concurrent runs; others wait in a queue
-MAX_RUNS = 100  # runs, including those that wait
+CONCURRENT_RUNS = 32 if ON_ZEROGPU else 4  # others wait in a queue
+MAX_RUNS = 100  # including those that wait
 SETTLE_SECONDS = 0.15  # debounce: each step of a dragged slider starts a run, which waits this long for another
 HEARTBEAT_SECONDS = 0.25  # longest interval between status updates, and between checks for Stop
 PICTURE_AFTER_SECONDS = 1  # the first frame is shown as a picture if the first chunk takes longer
@@ -633,10 +633,10 @@ def matching_costs(some: np.ndarray, others: np.ndarray) -> np.ndarray:
     """Dissimilarity of detections (N, 6) and (M, 6), as (N, M): centre distance in box sizes, plus the absolute log
     ratios of widths and heights. Infinite between classes."""
     sizes, other_sizes = (np.maximum(found[:, 2:4] - found[:, :2], 1e-6) for found in (some, others))
-    ways = (some[:, :2] + some[:, 2:4])[:, None] / 2 - (others[:, :2] + others[:, 2:4]) / 2
-    ways = np.linalg.norm(ways / ((sizes[:, None] + other_sizes) / 2), axis=2)
+    offsets = (some[:, :2] + some[:, 2:4])[:, None] / 2 - (others[:, :2] + others[:, 2:4]) / 2
+    distances = np.linalg.norm(offsets / ((sizes[:, None] + other_sizes) / 2), axis=2)
     growth = np.abs(np.log(sizes[:, None] / other_sizes)).sum(axis=2)
-    return np.where(some[:, None, 5] == others[:, 5], ways + growth, np.inf)
+    return np.where(some[:, None, 5] == others[:, 5], distances + growth, np.inf)
 
 
 # -------------------------------------------------------------------------------------------------------- results
