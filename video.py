@@ -375,6 +375,6 @@ def join_chunks(chunks: Sequence[str], path: str) -> None:
     """Joins mp4 chunks of one folder into one file: the video as it is, the sound as AAC, which every player knows."""
     # Relative names, because the format has its own rules for quotes and spaces in a path.
     listing = "".join(f"file file:{Path(chunk).name}\n" for chunk in chunks)
-    options = "-v error -y -f concat -safe 0 -protocol_whitelist file,pipe -i - -c:v copy -c:a aac -movflags +faststart"
-    command = ["ffmpeg", *options.split(), os.path.abspath(path)]
+    args = "-v error -y -f concat -safe 0 -protocol_whitelist file,pipe -i pipe: -c:v copy -c:a aac -movflags faststart"
+    command = ["ffmpeg", *args.split(), os.path.abspath(path)]
     subprocess.run(command, cwd=Path(chunks[0]).parent, input=listing.encode(), check=True)

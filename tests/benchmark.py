@@ -131,6 +131,7 @@ class Side:
             sys.path.insert(0, str(ROOT))
             import app  # loads its model, so not in the guide's processes
 
+            app.prefer_bundled_ffmpeg()
             self.model = app.DETECTOR.model
 
             def stream(video: str, folder: str) -> Iterator[str]:

@@ -393,8 +393,8 @@ def test_after_a_change_the_viewer_is_where_they_were(page):
         seek(page, 1)
         wait_for(page, lambda state: 1.2 < state["time"] < 4)
         assert count_label_colours(picture_of(page)) >= 1
-        seek(page, 6)
-        assert wait_for(page, lambda state: state["ended"])["duration"] == pytest.approx(seconds, abs=0.15)
+    seek(page, 6)
+    assert wait_for(page, lambda state: state["ended"])["duration"] == pytest.approx(seconds, abs=0.15)
     assert download_and_count(page)[0] == math.ceil(len(read_video_info(EXAMPLE).pts_seconds) / 2)
     found = detections_of(page)
     assert (found["threshold"], found["classes"]) == (0.7, ["star"])

@@ -70,6 +70,14 @@ def test_without_ffmpeg_the_app_says_what_is_missing(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+def test_the_bundled_ffmpeg_comes_first_in_the_path(monkeypatch):
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    app.prefer_bundled_ffmpeg()
+    assert "imageio_ffmpeg" in shutil.which("ffmpeg")
+    version = subprocess.run(["ffmpeg", "-version"], capture_output=True, text=True, check=True).stdout
+    assert version.startswith("ffmpeg version")
+
+
 def copy_of_the_shipped_model(folder, name, **changes):
     """The shipped checkpoint with settings changed in one of its JSON files."""
     shutil.copytree(app.SHIPPED_MODEL, folder)
