@@ -371,9 +371,9 @@ def stream_object_detection(
                 objects = tracker.update(selected, batch.cuts)
                 frames = zip(batch.frames, batch.detections, batch.analysed, objects, strict=True)
                 for frame, detections, is_analysed, drawn in frames:
-                    trails = tracker.trails(drawn)
+                    trails = tracker.trails(drawn) if tracks else None
                     if frame is not previous:  # it comes again if the source shows it for longer
-                        draw(frame.image, drawn, trails if tracks else None)
+                        draw(frame.image, drawn, trails)
                         if is_analysed:
                             source = frame.source_index, frame.pts_seconds, frame.source_size
                             found.append(FrameDetections(*source, detections, drawn))
@@ -441,8 +441,11 @@ def detect_batches(
 
 def select(detections: np.ndarray, conf_threshold: float, classes: Sequence[str]) -> np.ndarray:
     """The detections above the threshold and, unless `classes` is empty, in one of them."""
-    class_ids = [class_id for class_id, label in DETECTOR.id2label.items() if label in classes or not classes]
-    return detections[(detections[:, 4] > conf_threshold) & np.isin(detections[:, 5], class_ids)]
+    selected = detections[detections[:, 4] > conf_threshold]
+    if classes:
+        class_ids = [class_id for class_id, label in DETECTOR.id2label.items() if label in classes]
+        selected = selected[np.isin(selected[:, 5], class_ids)]
+    return selected
 
 
 def draw(image: np.ndarray, objects: np.ndarray, trails: Sequence[np.ndarray] | None) -> None:
@@ -752,7 +755,7 @@ class Report:
         selected = select(self.cached[frame.source_index], self.conf_threshold, self.classes)
         draw(frame.image, np.column_stack((selected, np.zeros(len(selected)))), None)
         jpeg = base64.b64encode(cv2.imencode(".jpg", frame.image)[1]).decode()
-        return f'<img alt="First frame" src="data:image/jpeg;base64,{jpeg}">'
+        return f'<img alt="First frame" style="height: {PLAYER_HEIGHT}" src="data:image/jpeg;base64,{jpeg}">'
 
     def detections(self) -> pd.DataFrame:
         """A row per detection, with the columns of the CSV file; boxes in pixels of the source."""
@@ -840,7 +843,7 @@ def new_run(session: object) -> Iterator[Run]:
     with QUEUE_LOCK:
         if len(QUEUE) >= MAX_RUNS:
             raise gr.Error("Too many people are using this app. Try again in a few minutes.", title="Busy")
-        previous = [other for other in list(QUEUE) if other.session == session]
+        previous = [other for other in QUEUE if other.session == session]
         QUEUE.append(run)
     try:
         for other in previous:
@@ -849,13 +852,15 @@ def new_run(session: object) -> Iterator[Run]:
         yield run
     finally:
         run.has_ended.set()
-        QUEUE.remove(run)
+        with QUEUE_LOCK:
+            QUEUE.remove(run)
 
 
 def stop_run(request: gr.Request) -> None:
     """Ends the session's run. Everything that it has streamed stays."""
-    for run in list(QUEUE):
-        run.is_stopped |= run.session == request.session_hash
+    with QUEUE_LOCK:
+        for run in QUEUE:
+            run.is_stopped |= run.session == request.session_hash
 
 
 def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dict[gr.Component, object]]:
@@ -883,10 +888,11 @@ def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dic
                 yield {status: report.status(), progress: report.progress()}
             ended = "Ended early" if report.failure else "Stopped" if run.is_stopped else "Done"
             yield {status: report.status(ended), progress: report.progress(), **buttons(running=False)}
-            yield from report.results()
             report.warn_if_damaged()
             if report.chunks:
                 yield {files: report.save()}
+            else:  # the table and the plot may be those of the run before
+                yield from report.results()
         if report.failure:
             if report.chunks:
                 report.failure.message += (
@@ -1118,7 +1124,7 @@ CSS = """
 #threshold input[type=range]:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 4px; }
 #progress { height: 60px; overflow: visible; }
 #progress img { position: absolute; left: 0; bottom: calc(100% + var(--layout-gap)); width: 100%; object-fit: contain;
-    height: clamp(220px, 32vw, 480px); pointer-events: none; }
+    pointer-events: none; }
 .playing #progress img { display: none; }
 #progress progress { width: 100%; height: 8px; appearance: none; border: none; border-radius: 4px; cursor: pointer; }
 #progress progress, ::-webkit-progress-bar { background: var(--neutral-300); border-radius: 4px; }
@@ -1214,7 +1220,7 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 864
 def prefer_bundled_ffmpeg() -> None:
     """Puts the ffmpeg of `imageio-ffmpeg` into the PATH, under that name.
 
-    Gradio runs ffmpeg three times per chunk. Before version 7, it sleeps while it muxes sound and video: 1.2 s for 28 s
+    Gradio runs ffmpeg twice per chunk. Before version 7, it sleeps while it muxes sound and video: 1.2 s for 28 s
     of video instead of 0.03 s. Debian 12 has version 5.1, Ubuntu 24.04 has 6.1.
     """
     binary = Path(imageio_ffmpeg.get_ffmpeg_exe())
