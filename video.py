@@ -59,7 +59,7 @@ CPU_COUNT = _cpu_count()
 # OpenCV and x264 take half of the cores each, so that decoding, detecting and encoding do not compete for them.
 HELPER_THREADS = max(1, CPU_COUNT // 2)
 cv2.setNumThreads(HELPER_THREADS)
-# OpenCV opens files under a lock of its own, which a process that is forked meanwhile (by ZeroGPU) would never get.
+# A process that is forked (by ZeroGPU) during a thread's first OpenCV call would never get a lock of OpenCV's.
 OPEN_LOCK = threading.Lock()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=OPEN_LOCK.acquire, after_in_parent=OPEN_LOCK.release, after_in_child=OPEN_LOCK.release)
