@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import contextvars
-import ctypes
 import itertools
 import json
 import logging
@@ -21,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -111,7 +110,7 @@ GPU_RESERVE_SECONDS = 4  # of GPU_SECONDS, to finish the last chunk
 GPU_SECONDS_PER_FRAME = 0.02  # of output, until it is measured
 CONCURRENT_RUNS = 32 if ON_ZEROGPU else 4  # others wait in a queue
 MAX_RUNS = 100  # including those that wait
-SETTLE_SECONDS = 0.15  # debounce: each step of a dragged slider starts a run, which waits this long for another
+SETTLE_SECONDS = 0.1  # debounce: each step of a dragged slider starts a run, which waits this long for another
 HEARTBEAT_SECONDS = 0.25  # longest interval between status updates, and between checks for Stop
 PICTURE_AFTER_SECONDS = 1  # the first frame is shown as a picture if the first chunk takes longer
 MAX_UPLOAD = "2gb"
@@ -269,12 +268,6 @@ def load_detector() -> tuple[Detector, str]:
     log.warning(note.replace("**", "").replace("`", ""))
     return detector, note
 
-
-if sys.platform == "linux":
-    # Each run has threads of its own, and each thread may leave memory behind in an arena of its own: 110 MB after 50
-    # runs. With two arenas for all, it is reused.
-    M_ARENA_MAX = -8  # of GNU's C library
-    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
 
 if missing := [tool for tool in ("ffmpeg", "ffprobe") if not shutil.which(tool)]:
     sys.exit(f"This app requires {' and '.join(missing)}, which cannot be found. Please install ffmpeg.")
@@ -457,10 +450,14 @@ def draw(image: np.ndarray, objects: np.ndarray, trails: Sequence[np.ndarray] | 
     draw_bounding_boxes(image, objects[:, :4] * (width, height, width, height), objects[:, 4], labels, numbers, trails)
 
 
-def lower_thread_priority() -> None:
-    """Delivering chunks takes priority over preparing more: the first one arrives 20 % sooner. Nesting adds up."""
+# By process and priority. They never end: a thread that ends takes a lock of OpenCV's, which a process that ZeroGPU
+# forks in that moment would never get.
+IDLE_THREADS: defaultdict[tuple[int, int], deque[ThreadPoolExecutor]] = defaultdict(deque)
+
+
+def set_thread_priority(priority: int) -> None:
     if sys.platform == "linux":  # elsewhere it would be the whole process
-        os.nice(10)
+        os.setpriority(os.PRIO_PROCESS, 0, priority)
 
 
 def prefetch(items: Generator[T], heartbeat_seconds: float | None = None) -> Generator[T | None]:
@@ -471,9 +468,15 @@ def prefetch(items: Generator[T], heartbeat_seconds: float | None = None) -> Gen
     Args:
         heartbeat_seconds: After this long without an item, None is yielded.
     """
-    executor, end = ThreadPoolExecutor(1, initializer=lower_thread_priority), object()
-    context = contextvars.copy_context()  # has the visitor's request, which ZeroGPU reads
-    item = executor.submit(context.run, next, items, end)
+    # Delivering chunks takes priority over preparing more: the first one arrives 20 % sooner.
+    priority = 10 if heartbeat_seconds else 19
+    idle = IDLE_THREADS[os.getpid(), priority]
+    try:
+        thread = idle.pop()
+    except IndexError:
+        thread = ThreadPoolExecutor(1, initializer=set_thread_priority, initargs=(priority,))
+    context, end = contextvars.copy_context(), object()  # the context has the visitor's request, which ZeroGPU reads
+    item = thread.submit(context.run, next, items, end)
     try:
         while True:
             if not wait([item], heartbeat_seconds).done:
@@ -481,11 +484,10 @@ def prefetch(items: Generator[T], heartbeat_seconds: float | None = None) -> Gen
             elif (result := item.result()) is end:
                 return
             else:
-                item = executor.submit(context.run, next, items, end)
+                item = thread.submit(context.run, next, items, end)
                 yield result
     finally:
-        executor.submit(items.close)
-        executor.shutdown(wait=False)
+        thread.submit(items.close).add_done_callback(lambda _: idle.append(thread))
 
 
 # --------------------------------------------------------------------------------------------------------- tracks

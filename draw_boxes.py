@@ -1,6 +1,7 @@
 """Draws detections on a frame: for each box an outline, a tag, and the trail of its object."""
 
 import hashlib
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -119,18 +120,11 @@ def _bgr(label: str) -> BGR:
 
 
 def _draw_trail(frame: np.ndarray, points: np.ndarray, color: BGR, line_width: int) -> None:
-    """Draws a line through the points (K, 2), thin and faint at its beginning, as wide as an outline at its end."""
+    """Draws a line through the points (K, 2): a pixel wide at its beginning, as wide as an outline at its end."""
     points = np.clip(points, 0, np.subtract(frame.shape[1::-1], 1)).astype(np.int32)
-    steps = len(points) - 1
-    for opacity in (0.25, 0.5, 0.75, 1.0):  # of the four quarters, the oldest first
-        part = points[int(steps * (opacity - 0.25)) : int(steps * opacity) + 1]
-        # Blending only the surroundings of each quarter keeps it cheap.
-        x, y, width, height = cv2.boundingRect(part)
-        left, top = max(0, x - line_width), max(0, y - line_width)
-        place = frame[top : y + height + line_width, left : x + width + line_width]
-        thickness = math.ceil(line_width * opacity)
-        line = cv2.polylines(place.copy(), [part - (left, top)], False, color, thickness, cv2.LINE_AA)
-        cv2.addWeighted(line, opacity, place, 1 - opacity, 0, dst=place)
+    ends = [(len(points) - 1) * part // line_width for part in range(line_width + 1)]
+    for width, (start, end) in enumerate(itertools.pairwise(ends), 1):
+        cv2.polylines(frame, [points[start : end + 1]], False, color, width, cv2.LINE_AA)
 
 
 def _draw_outline(frame: np.ndarray, box: np.ndarray, color: BGR, line_width: int) -> None:

@@ -338,7 +338,7 @@ class ChunkWriter:
         self._samples = 0
         self._container = container = av.open(self.path, "w", format="mp4")
         # CRF 23 is x264's default quality. OpenCV converts BGR to BT.601 in limited range, whatever the source had.
-        options = {"preset": "superfast", "coder": "vlc", "crf": "23", "bf": "0", "threads": str(HELPER_THREADS)}
+        options = {"preset": "ultrafast", "crf": "24", "threads": str(HELPER_THREADS)}
         options |= {"colorspace": "bt470bg", "color_range": "tv", "color_primaries": "bt709", "color_trc": "bt709"}
         self._video = container.add_stream("libx264", fps, options, width=size[0], height=size[1], pix_fmt="yuv420p")
         self._audio = container.add_stream("flac", AUDIO_RATE, layout="stereo", format="s16") if has_audio else None

@@ -11,6 +11,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,16 @@ def open_page(browser: Browser, url: str) -> Iterator[Page]:
 def page(browser, server) -> Iterator[Page]:
     with open_page(browser, server) as tab:
         yield tab
+
+
+@pytest.fixture
+def work(monkeypatch):
+    """A function that returns what the test's threads still have to do."""
+    futures, submit = [], ThreadPoolExecutor.submit
+
+    def recording_submit(*args, **kwargs):
+        futures.append(submit(*args, **kwargs))
+        return futures[-1]
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", recording_submit)
+    return lambda: [future for future in futures if not future.done()]

@@ -2,7 +2,6 @@
 
 import contextlib
 import shutil
-import threading
 import time
 
 import cv2
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import shapes
 from test_results import run
-from test_streaming import count_passes
+from test_streaming import all_end, count_passes
 from videos import Kind, read_chunks, read_number
 
 import app
@@ -166,8 +165,8 @@ def test_no_box_crosses_a_cut(drawn, tmp_path):
     assert all(len(frame) for frame in drawn[44:56]), "there are boxes up to the cut and from it on"
 
 
-def test_stop_in_mid_chunk_answers_at_once_and_keeps_the_chunks_before(video, slow_device, monkeypatch):
-    forward, threads = app.DETECTOR.model.forward, threading.active_count()
+def test_stop_in_mid_chunk_answers_at_once_and_keeps_the_chunks_before(video, slow_device, monkeypatch, work):
+    forward = app.DETECTOR.model.forward
 
     def slow(**inputs):
         time.sleep(0.3)
@@ -187,8 +186,7 @@ def test_stop_in_mid_chunk_answers_at_once_and_keeps_the_chunks_before(video, sl
                 assert value[app.status].startswith("Stopped: 2.0 s of video")
                 break
         assert any(app.files in value for value in values)
-    while threading.active_count() > threads:  # the pass at hand
-        time.sleep(0.01)
+    assert all_end(work)  # the pass at hand
 
 
 def test_the_status_counts_the_frames_of_the_first_chunk(video, slow_device):

@@ -4,15 +4,13 @@ import csv
 import json
 import os
 import shutil
-import threading
-import time
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import shapes
-from test_streaming import count_passes
+from test_streaming import all_end, count_passes
 from videos import Kind, read_chunks
 
 import app
@@ -65,15 +63,13 @@ def test_a_file_that_changes_is_detected_again(video, tmp_path, monkeypatch):
     assert sum(passes) == 30
 
 
-def test_a_restart_in_mid_stream_costs_only_the_rest(video, monkeypatch):
+def test_a_restart_in_mid_stream_costs_only_the_rest(video, monkeypatch, work):
     passes = count_passes(monkeypatch)
-    before = threading.active_count()
     report = app.Report(video, 0.3, (), app.HALF)
     updates = app.stream_to_folder(report)
     next(updates)
     updates.close()
-    while threading.active_count() > before:
-        time.sleep(0.01)
+    assert all_end(work)
     run(video, 0.6)
     assert sum(passes) == 41
 

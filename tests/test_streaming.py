@@ -212,33 +212,26 @@ def test_only_boxes_of_the_chosen_classes_are_drawn(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- its ends
 
 
-@pytest.fixture
-def new_threads():
-    """A function that returns the threads that have begun during the test and still run."""
-    before = set(threading.enumerate())
-    return lambda: set(threading.enumerate()) - before
-
-
-def all_end(new_threads, seconds=3):
+def all_end(work, seconds=3):
     deadline = time.monotonic() + seconds
-    while new_threads() and time.monotonic() < deadline:
+    while work() and time.monotonic() < deadline:
         time.sleep(0.02)
-    return not new_threads()
+    return not work()
 
 
 @pytest.mark.parametrize("updates_taken", [1, 2])
-def test_closing_ends_all_threads_and_leaves_only_the_yielded_chunks(
-    updates_taken, numbered, small_batches, tmp_path, monkeypatch, new_threads
+def test_closing_ends_all_work_and_leaves_only_the_yielded_chunks(
+    updates_taken, numbered, small_batches, tmp_path, monkeypatch, work
 ):
     """By default, chunks are in the system's temporary folder."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     updates = app.stream_object_detection(numbered, 1.0)
     chunks = [update.chunk for update in itertools.islice(updates, updates_taken)]
-    assert new_threads()
+    assert work()
     updates.close()
     assert {str(path) for path in tmp_path.iterdir()} == set(chunks)
     assert len(chunks) == updates_taken
-    assert all_end(new_threads)
+    assert all_end(work)
     assert {str(path) for path in tmp_path.iterdir()} == set(chunks)
 
 
@@ -259,8 +252,8 @@ def test_an_unfinished_chunk_is_removed_when_the_stream_fails(numbered, small_ba
     assert os.listdir(tmp_path) == [os.path.basename(chunk)]
 
 
-def test_an_error_in_a_stage_reaches_the_caller_and_leaves_no_thread_or_file(
-    numbered, small_batches, tmp_path, monkeypatch, new_threads
+def test_an_error_in_a_stage_reaches_the_caller_and_leaves_no_work_or_file(
+    numbered, small_batches, tmp_path, monkeypatch, work
 ):
     passes, forward = itertools.count(1), app.DETECTOR.model.forward
 
@@ -272,18 +265,18 @@ def test_an_error_in_a_stage_reaches_the_caller_and_leaves_no_thread_or_file(
     monkeypatch.setattr(app.DETECTOR.model, "forward", fail_in_the_third_pass)
     with pytest.raises(gr.Error, match="Something went wrong"):
         list(app.stream_object_detection(numbered, 1.0, folder=str(tmp_path)))
-    assert all_end(new_threads)
+    assert all_end(work)
     assert not os.listdir(tmp_path)
 
 
-def test_an_encoder_that_fails_leaves_no_thread_or_file(numbered, tmp_path, monkeypatch, new_threads):
+def test_an_encoder_that_fails_leaves_no_work_or_file(numbered, tmp_path, monkeypatch, work):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(app.ChunkWriter, "write_audio", fail)
     with pytest.raises(gr.Error, match="could not store the result"):
         list(app.stream_object_detection(numbered, 1.0, folder=str(tmp_path)))
-    assert all_end(new_threads)
+    assert all_end(work)
     assert not os.listdir(tmp_path)
 
 
@@ -347,7 +340,7 @@ def test_prefetching_is_one_item_ahead_but_no_more():
         assert steps.log == ["begins 0", "ends 0", "begins 1", "ends 1"]
 
 
-def test_closing_does_not_wait_for_the_step_at_hand_after_which_the_items_are_closed(new_threads):
+def test_closing_does_not_wait_for_the_step_at_hand_after_which_the_items_are_closed(work):
     steps = SlowSteps(0.5)
     items = app.prefetch(app.prefetch(steps.items))
     assert next(items) == 0
@@ -357,7 +350,21 @@ def test_closing_does_not_wait_for_the_step_at_hand_after_which_the_items_are_cl
     assert not steps.is_closed.is_set()
     assert steps.is_closed.wait(2)
     assert steps.log[-2:] in (["ends 1", "closed"], ["ends 2", "closed"])
-    assert all_end(new_threads)
+    assert all_end(work)
+
+
+def test_the_threads_do_not_end_but_are_used_again(work):
+    """One that ends can hang a process that is forked in the same moment."""
+
+    def threads():
+        yield threading.current_thread()
+        yield threading.current_thread()
+
+    first, second = app.prefetch(threads())
+    assert all_end(work)
+    third, fourth = app.prefetch(threads())
+    assert first is second is third is fourth
+    assert first.is_alive()
 
 
 def test_an_error_while_prefetching_comes_in_its_place():
@@ -371,7 +378,7 @@ def test_an_error_while_prefetching_comes_in_its_place():
         next(items)
 
 
-def test_closing_the_stream_does_not_wait_for_a_pass(numbered, small_batches, tmp_path, monkeypatch, new_threads):
+def test_closing_the_stream_does_not_wait_for_a_pass(numbered, small_batches, tmp_path, monkeypatch, work):
     began, forward = threading.Semaphore(0), app.DETECTOR.model.forward
 
     def slow(**inputs):
@@ -387,4 +394,4 @@ def test_closing_the_stream_does_not_wait_for_a_pass(numbered, small_batches, tm
     closed_at = time.monotonic()
     updates.close()
     assert time.monotonic() - closed_at < 0.1
-    assert all_end(new_threads)
+    assert all_end(work)
