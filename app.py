@@ -282,7 +282,6 @@ DETECTOR, MODEL_NOTE = load_detector()
 class FrameDetections(NamedTuple):
     """What the model found on one frame."""
 
-    source_index: int  # number of the frame in the source, from 0
     pts_seconds: float  # from the first frame of the source
     source_size: tuple[int, int]  # width and height in pixels, upright
     detections: np.ndarray  # as `Detector` returns them, whatever the threshold
@@ -293,7 +292,7 @@ class StreamUpdate(NamedTuple):
     """What `stream_object_detection` yields."""
 
     chunk: str  # path of an mp4 file (H.264, FLAC), which the caller removes
-    frames: list[FrameDetections]  # analysed since the last update
+    frames: dict[int, FrameDetections]  # analysed since the last update, by number in the source, from 0
     output_frames: int  # how many the output has, counted from the beginning of the video
     is_end: bool  # of the video
     elapsed_seconds: float  # since the call began
@@ -327,7 +326,7 @@ def stream_object_detection(
     join_seconds: float = 0,
     budget_seconds: float = GPU_SECONDS if ON_ZEROGPU else math.inf,
 ) -> Iterator[StreamUpdate]:
-    """Detects objects on a video and draws them, chunk by chunk.
+    """Detects objects on a video and draws them. Yields a `StreamUpdate` per chunk of about two seconds.
 
     Args:
         video: Path of a video file.
@@ -342,14 +341,10 @@ def stream_object_detection(
         join_seconds: Cached frames up to this second of the video come as one long chunk.
         budget_seconds: The stream ends shortly before this time limit; with 0, at the first frame not in `cached`.
 
-    Yields:
-        One `StreamUpdate` per chunk of about two seconds. The last one may be shorter, a joined one is longer.
-
     Raises:
         gr.Error: If the file is not a video that can be decoded, or something else fails.
     """
     began, cached = time.monotonic(), {} if cached is None else cached
-    found, writer, previous = [], None, None
     try:
         info = read_video_info(video)
         scale, fps = RESOLUTIONS[resolution].scale, info.fps / RESOLUTIONS[resolution].step
@@ -359,36 +354,23 @@ def stream_object_detection(
         batches = prefetch(read_batches(sample_frames(info, fps, scale, start), start, step, chunk_frames))
         detected = prefetch(detect_batches(batches, cached, step, began + budget_seconds - GPU_RESERVE_SECONDS))
         with contextlib.closing(detected):
-            for batch in detected:
-                selected = [select(detections, conf_threshold, classes) for detections in batch.detections]
-                objects = tracker.update(selected, batch.cuts)
-                frames = zip(batch.frames, batch.detections, batch.analysed, objects, strict=True)
-                for frame, detections, is_analysed, drawn in frames:
-                    trails = tracker.trails(drawn) if tracks else None
-                    if frame is not previous:  # it comes again if the source shows it for longer
-                        draw(frame.image, drawn, trails)
-                        if is_analysed:
-                            source = frame.source_index, frame.pts_seconds, frame.source_size
-                            found.append(FrameDetections(*source, detections, drawn))
-                    writer = writer or ChunkWriter(folder, frame.image.shape[1::-1], fps, bool(audio))
-                    writer.write(frame.image)
-                    previous = frame
-                end = batch.start + len(batch.frames)
-                if audio:
-                    writer.write_audio(audio.read_until(end / fps))
-                is_joined = batch.is_cached and end / fps <= join_seconds
-                if batch.is_end or (end % chunk_frames == 0 and not is_joined):
-                    chunk, writer = writer.close(), None
-                    yield StreamUpdate(chunk, found, end, batch.is_end, time.monotonic() - began, tracker)
-                    found = []
-        if writer:  # the budget is used up in mid-chunk
-            chunk, writer = writer.close(), None
-            yield StreamUpdate(chunk, found, end, False, time.monotonic() - began, tracker)
+            for first in detected:
+                found = {}
+                with ChunkWriter(folder, first.frames[0].image.shape[1::-1], fps, bool(audio)) as writer:
+                    for batch in itertools.chain([first], detected):
+                        found |= draw_batch(batch, conf_threshold, classes, tracker, tracks)
+                        for frame in batch.frames:
+                            writer.write(frame.image)
+                        end = batch.start + len(batch.frames)
+                        if audio:
+                            writer.write_audio(audio.read_until(end / fps))
+                        is_joined = batch.is_cached and end / fps <= join_seconds
+                        if batch.is_end or (end % chunk_frames == 0 and not is_joined):
+                            break
+                    chunk = writer.close()
+                yield StreamUpdate(chunk, found, end, batch.is_end, time.monotonic() - began, tracker)
     except Exception as error:
         raise user_facing_error(error) from error  # from a ZeroGPU's worker, no other error arrives whole
-    finally:
-        if writer:
-            writer.discard()
 
 
 def read_batches(frames: Iterable[Frame], start: int, step: int, chunk_frames: int) -> Iterator[Batch]:
@@ -439,6 +421,22 @@ def select(detections: np.ndarray, conf_threshold: float, classes: Sequence[str]
         class_ids = [class_id for class_id, label in DETECTOR.id2label.items() if label in classes]
         selected = selected[np.isin(selected[:, 5], class_ids)]
     return selected
+
+
+def draw_batch(
+    batch: Batch, conf_threshold: float, classes: Sequence[str], tracker: ObjectTracker, tracks: bool
+) -> dict[int, FrameDetections]:
+    """Draws the selected detections into the frames. Returns those of the frames that the model has seen."""
+    selected = [select(detections, conf_threshold, classes) for detections in batch.detections]
+    objects = tracker.update(selected, batch.cuts)
+    for frame, drawn in zip(batch.frames, objects, strict=True):
+        draw(frame.image, drawn, tracker.trails(drawn) if tracks else None)
+    frames = zip(batch.frames, batch.detections, objects, batch.analysed, strict=True)
+    return {
+        frame.source_index: FrameDetections(frame.pts_seconds, frame.source_size, detections, drawn)
+        for frame, detections, drawn, is_analysed in frames
+        if is_analysed
+    }
 
 
 def draw(image: np.ndarray, objects: np.ndarray, trails: Sequence[np.ndarray] | None) -> None:
@@ -701,7 +699,7 @@ class Report:
     def add(self, update: StreamUpdate) -> None:
         self.chunks.append(update.chunk)
         self.output_frames, self.is_end = update.output_frames, update.is_end
-        for index, seconds, self._source_size, _, objects in update.frames:
+        for index, (seconds, self._source_size, _, objects) in update.frames.items():
             time_and_frame = np.broadcast_to((seconds, index), (len(objects), 2))
             boxes = np.clip(objects[:, :4], 0, 1) * (self._source_size * 2)
             self._rows[index] = np.column_stack((time_and_frame, objects[:, [5, 6, 4]], boxes)).astype(np.float32)
@@ -940,7 +938,7 @@ def stream_across_calls(report: Report, join_seconds: float) -> Generator[Stream
         with contextlib.closing(updates):
             for update in updates:
                 report.waits_for_gpu = False
-                report.cached.update((frame.source_index, frame.detections) for frame in update.frames)
+                report.cached.update((index, frame.detections) for index, frame in update.frames.items())
                 yield update
         if update and update.is_end:
             return

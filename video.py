@@ -184,8 +184,8 @@ class Frame(NamedTuple):
 def sample_frames(video: VideoInfo, output_fps: Fraction, scale: Fraction, start: int = 0) -> Iterator[Frame]:
     """Yields the frames of the output: frame i is the one that the source shows at `i / output_fps` seconds.
 
-    A frame that spans several output frames is yielded repeatedly, as the same object. Frames that are not needed are
-    decoded, but not converted. Ends early where the rest cannot be decoded; raises `VideoError` if no frame can be.
+    Each has its own image, even if the source shows it for longer. Frames that are not needed are decoded, but not
+    converted. Ends early where the rest cannot be decoded; raises `VideoError` if no frame can be.
 
     Args:
         output_fps: Frames per second of the output.
@@ -202,7 +202,7 @@ def sample_frames(video: VideoInfo, output_fps: Fraction, scale: Fraction, start
     grabbed = _grab_frames(video, float(video.pts_seconds[first_source_index]))
     for source_index, (pts_seconds, is_sideways, retrieve) in enumerate(grabbed, first_source_index):
         while shown and index < (pts_seconds - tolerance) * output_fps:
-            yield shown
+            yield shown._replace(image=cv2.resize(image, size))  # bilinear: at half size, the mean of four pixels
             index += 1
         if places[video.pts_seconds.searchsorted(pts_seconds + 1e-4, "right")] <= index:
             continue  # the next frame will have replaced it by then
@@ -211,14 +211,13 @@ def sample_frames(video: VideoInfo, output_fps: Fraction, scale: Fraction, start
             stretch = (1, video.pixel_aspect) if is_sideways else (video.pixel_aspect, 1)
             sides = np.multiply(image.shape[1::-1], stretch) * scale
             size = [max(2, 2 * round(side / 2)) for side in sides]  # even, as H.264's 4:2:0 needs them
-        resized = cv2.resize(image, size)  # bilinear: at half the size, the mean of four pixels
-        shown = Frame(resized, image.shape[1::-1], source_index, max(0.0, pts_seconds))
+        shown = Frame(image, image.shape[1::-1], source_index, max(0.0, pts_seconds))
     if shown is None:
         raise VideoError("No frame of this video can be decoded.")
     is_cut_off = pts_seconds < video.pts_seconds[-1] - 1.5 * video.frame_seconds
     end_seconds = pts_seconds + video.frame_seconds if is_cut_off else video.duration_seconds
     while index == 0 or index < (end_seconds - tolerance) * output_fps:
-        yield shown
+        yield shown._replace(image=cv2.resize(image, size))
         index += 1
 
 
@@ -364,11 +363,14 @@ class ChunkWriter:
         self._container.close()
         return self.path
 
-    def discard(self) -> None:
-        """Removes the unfinished file."""
-        with contextlib.suppress(OSError):  # without flushing the encoders: on a full disk, that crashes PyAV 18.1
-            self._container.close()
-        os.remove(self.path)
+    def __enter__(self) -> "ChunkWriter":
+        return self
+
+    def __exit__(self, error_type: type | None, *_: object) -> None:
+        if error_type:  # remove the unfinished file
+            with contextlib.suppress(OSError):  # without flushing the encoders: on a full disk, that crashes PyAV 18.1
+                self._container.close()
+            os.remove(self.path)
 
 
 def join_chunks(chunks: Sequence[str], path: str) -> None:

@@ -173,7 +173,7 @@ def test_a_frame_that_two_gpu_calls_show_is_reported_once(video, tmp_path):
     update = next(app.stream_object_detection(video, 0.0, folder=str(tmp_path)))
     report.add(update)
     once = len(report.detections())
-    report.add(update._replace(frames=update.frames[-1:]))
+    report.add(update._replace(frames=dict(list(update.frames.items())[-1:])))
     assert len(report.detections()) == once > 0
 
 
