@@ -2,6 +2,9 @@
 
 Read from top to bottom, this file follows the data: settings, model, the `@spaces.GPU` generator, results, runs, page.
 Files and frames are in `video.py`, drawing is in `draw_boxes.py`.
+
+`video.sample_frames` gives each frame its time, `select` filters the boxes, and `stream_object_detection` yields the
+chunks. `stream_across_calls` repeats it on ZeroGPU, and `follow` turns what it yields into values for the page.
 """
 
 from __future__ import annotations
