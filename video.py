@@ -324,7 +324,7 @@ def _audio_blocks(video: VideoInfo, start_seconds: float) -> Iterator[tuple[int,
                 position, rounding = position + part.samples, AUDIO_JUMP_SECONDS * AUDIO_RATE
 
 
-class ChunkWriter:
+class ChunkWriter(contextlib.AbstractContextManager):
     """Writes an mp4 file with H.264 video and, if there is sound, FLAC, in `folder` or the temporary folder.
 
     `size` is width and height in pixels, even numbers. Gradio then only remuxes the video. A lossless sound codec
@@ -362,9 +362,6 @@ class ChunkWriter:
             self._container.mux(stream.encode(None))
         self._container.close()
         return self.path
-
-    def __enter__(self) -> "ChunkWriter":
-        return self
 
     def __exit__(self, error_type: type | None, *_: object) -> None:
         if error_type:  # remove the unfinished file
