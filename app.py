@@ -285,6 +285,7 @@ DETECTOR, MODEL_NOTE = load_detector()
 class FrameDetections(NamedTuple):
     """What the model found on one frame."""
 
+    source_index: int  # number of the frame in the source, from 0
     pts_seconds: float  # from the first frame of the source
     source_size: tuple[int, int]  # width and height in pixels, upright
     detections: np.ndarray  # as `Detector` returns them, whatever the threshold
@@ -295,7 +296,7 @@ class StreamUpdate(NamedTuple):
     """What `stream_object_detection` yields."""
 
     chunk: str  # path of an mp4 file (H.264, FLAC), which the caller removes
-    frames: dict[int, FrameDetections]  # analysed since the last update, by number in the source, from 0
+    frames: list[FrameDetections]  # analysed since the last update
     output_frames: int  # how many the output has, counted from the beginning of the video
     is_end: bool  # of the video
     elapsed_seconds: float  # since the call began
@@ -309,7 +310,7 @@ class Batch(NamedTuple):
     start: int  # output index of the first one
     is_end: bool  # of the video
     detections: Sequence[np.ndarray] = ()  # on each frame; this and the rest is added by `detect_batches`
-    analysed: Sequence[bool] = ()  # whether the detections are the model's
+    analysed: Sequence[bool] = ()  # whether the detections are the model's, and not those of the frame before again
     cuts: Sequence[bool] = ()  # whether a new shot begins with the frame
     is_cached: bool = False  # whether no frame needed the model
 
@@ -358,10 +359,10 @@ def stream_object_detection(
         detected = prefetch(detect_batches(batches, cached, step, began + budget_seconds - GPU_RESERVE_SECONDS))
         with contextlib.closing(detected):
             for first in detected:
-                found = {}
+                found = []
                 with ChunkWriter(folder, first.frames[0].image.shape[1::-1], fps, bool(audio)) as writer:
                     for batch in itertools.chain([first], detected):
-                        found |= draw_batch(batch, conf_threshold, classes, tracker, tracks)
+                        found += draw_batch(batch, conf_threshold, classes, tracker, tracks)
                         for frame in batch.frames:
                             writer.write(frame.image)
                         end = batch.start + len(batch.frames)
@@ -400,7 +401,7 @@ def detect_batches(
 
     Ends at the first batch that needs the model after `deadline` (`time.monotonic`).
     """
-    find_cut, before = CutFinder(), None
+    find_cut, before, last_index = CutFinder(), None, -1
     with contextlib.closing(batches):
         for batch in batches:
             to_analyse = [*batch.frames[(-batch.start - 1) % step :: step], batch.frames[-1]]
@@ -412,9 +413,11 @@ def detect_batches(
                 cached.update(zip(new, DETECTOR([*new.values()]), strict=True))
             cuts = [find_cut(frame.image) for frame in batch.frames]
             found = [cached.get(frame.source_index) for frame in batch.frames]
-            detections, analysed = fill_gaps([before, *found], cuts), [boxes is not None for boxes in found]
+            detections = fill_gaps([before, *found], cuts)
+            is_new = np.diff([last_index, *(frame.source_index for frame in batch.frames)]) > 0
+            analysed = is_new & [boxes is not None for boxes in found]
             yield batch._replace(detections=detections, analysed=analysed, cuts=cuts, is_cached=not new)
-            before = detections[-1]
+            before, last_index = detections[-1], batch.frames[-1].source_index
 
 
 def select(detections: np.ndarray, conf_threshold: float, classes: Sequence[str]) -> np.ndarray:
@@ -428,18 +431,18 @@ def select(detections: np.ndarray, conf_threshold: float, classes: Sequence[str]
 
 def draw_batch(
     batch: Batch, conf_threshold: float, classes: Sequence[str], tracker: ObjectTracker, tracks: bool
-) -> dict[int, FrameDetections]:
-    """Draws the selected detections into the frames. Returns those of the frames that the model has seen."""
+) -> list[FrameDetections]:
+    """Draws the selected detections into the frames. Returns those of the analysed frames."""
     selected = [select(detections, conf_threshold, classes) for detections in batch.detections]
     objects = tracker.update(selected, batch.cuts)
-    for frame, drawn in zip(batch.frames, objects, strict=True):
+    found = []
+    frames = zip(batch.frames, batch.detections, batch.analysed, objects, strict=True)
+    for frame, detections, is_analysed, drawn in frames:
         draw(frame.image, drawn, tracker.trails(drawn) if tracks else None)
-    frames = zip(batch.frames, batch.detections, objects, batch.analysed, strict=True)
-    return {
-        frame.source_index: FrameDetections(frame.pts_seconds, frame.source_size, detections, drawn)
-        for frame, detections, drawn, is_analysed in frames
-        if is_analysed
-    }
+        if is_analysed:
+            source = frame.source_index, frame.pts_seconds, frame.source_size
+            found.append(FrameDetections(*source, detections, drawn))
+    return found
 
 
 def draw(image: np.ndarray, objects: np.ndarray, trails: Sequence[np.ndarray] | None) -> None:
@@ -451,14 +454,14 @@ def draw(image: np.ndarray, objects: np.ndarray, trails: Sequence[np.ndarray] | 
     draw_bounding_boxes(image, objects[:, :4] * (width, height, width, height), objects[:, 4], labels, numbers, trails)
 
 
-# By process and priority. They never end: a thread that ends takes a lock of OpenCV's, which a process that ZeroGPU
-# forks in that moment would never get.
+# By process, because a forked one has none of its parent's threads, and by niceness. They never end: a thread that ends
+# takes a lock of OpenCV's, which a process that ZeroGPU forks in that moment would never get.
 IDLE_THREADS: defaultdict[tuple[int, int], deque[ThreadPoolExecutor]] = defaultdict(deque)
 
 
-def set_thread_priority(priority: int) -> None:
+def set_niceness(niceness: int) -> None:
     if sys.platform == "linux":  # elsewhere it would be the whole process
-        os.setpriority(os.PRIO_PROCESS, 0, priority)
+        os.setpriority(os.PRIO_PROCESS, 0, niceness)
 
 
 def prefetch(items: Generator[T], heartbeat_seconds: float | None = None) -> Generator[T | None]:
@@ -470,12 +473,12 @@ def prefetch(items: Generator[T], heartbeat_seconds: float | None = None) -> Gen
         heartbeat_seconds: After this long without an item, None is yielded.
     """
     # Delivering chunks takes priority over preparing more: the first one arrives 20 % sooner.
-    priority = 10 if heartbeat_seconds else 19
-    idle = IDLE_THREADS[os.getpid(), priority]
+    niceness = 10 if heartbeat_seconds else 19
+    idle = IDLE_THREADS[os.getpid(), niceness]
     try:
         thread = idle.pop()
     except IndexError:
-        thread = ThreadPoolExecutor(1, initializer=set_thread_priority, initargs=(priority,))
+        thread = ThreadPoolExecutor(1, initializer=set_niceness, initargs=(niceness,))
     context, end = contextvars.copy_context(), object()  # the context has the visitor's request, which ZeroGPU reads
     item = thread.submit(context.run, next, items, end)
     try:
@@ -702,7 +705,7 @@ class Report:
     def add(self, update: StreamUpdate) -> None:
         self.chunks.append(update.chunk)
         self.output_frames, self.is_end = update.output_frames, update.is_end
-        for index, (seconds, self._source_size, _, objects) in update.frames.items():
+        for index, seconds, self._source_size, _, objects in update.frames:
             time_and_frame = np.broadcast_to((seconds, index), (len(objects), 2))
             boxes = np.clip(objects[:, :4], 0, 1) * (self._source_size * 2)
             self._rows[index] = np.column_stack((time_and_frame, objects[:, [5, 6, 4]], boxes)).astype(np.float32)
@@ -941,7 +944,7 @@ def stream_across_calls(report: Report, join_seconds: float) -> Generator[Stream
         with contextlib.closing(updates):
             for update in updates:
                 report.waits_for_gpu = False
-                report.cached.update((index, frame.detections) for index, frame in update.frames.items())
+                report.cached.update((frame.source_index, frame.detections) for frame in update.frames)
                 yield update
         if update and update.is_end:
             return

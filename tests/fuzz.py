@@ -13,6 +13,7 @@ import os
 import resource
 import shutil
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -123,7 +124,7 @@ class Outcome(NamedTuple):
 def check(path: str) -> Outcome:
     """Streams a file through the app, in this process."""
     gc.collect()
-    files, memory = count_open_files(), forget_memory_peak()
+    threads, files, memory = conftest.busy_threads(), count_open_files(), forget_memory_peak()
     with tempfile.TemporaryDirectory(prefix="chunks-") as folder:
         started = time.monotonic()
         chunks, error, failure = stream(path, folder)
@@ -135,7 +136,7 @@ def check(path: str) -> Outcome:
                 read_chunks(chunks)
         except Exception as raised:
             failure = f"a chunk cannot be played: {cause(raised)}"
-        failure = failure or left_behind(files, set(os.listdir(folder)) - set(map(os.path.basename, chunks)))
+        failure = failure or left_behind(threads, files, set(os.listdir(folder)) - set(map(os.path.basename, chunks)))
     return Outcome(len(chunks), error, seconds, memory_bytes, failure)
 
 
@@ -165,12 +166,13 @@ def cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {error} ({Path(ours[-1].filename).name}:{ours[-1].lineno}, {ours[-1].name})"
 
 
-def left_behind(files: int, names: set[str]) -> str:
-    """Open files that were not there before and are not closed within three seconds, and names of files."""
+def left_behind(threads: set[threading.Thread], files: int, names: set[str]) -> str:
+    """Threads and open files that were not there before and do not end within three seconds, and names of files."""
     deadline = time.monotonic() + 3
     while True:
         gc.collect()
-        left = names | ({"an open file"} if count_open_files() > files else set())
+        left = names | {f"thread {thread.name}" for thread in conftest.busy_threads() - threads}
+        left |= {"an open file"} if count_open_files() > files else set()
         if not left or time.monotonic() > deadline:
             return f"left behind: {', '.join(sorted(left))}" if left else ""
         time.sleep(0.05)

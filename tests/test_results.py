@@ -63,13 +63,13 @@ def test_a_file_that_changes_is_detected_again(video, tmp_path, monkeypatch):
     assert sum(passes) == 30
 
 
-def test_a_restart_in_mid_stream_costs_only_the_rest(video, monkeypatch, work):
+def test_a_restart_in_mid_stream_costs_only_the_rest(video, monkeypatch, new_threads):
     passes = count_passes(monkeypatch)
     report = app.Report(video, 0.3, (), app.HALF)
     updates = app.stream_to_folder(report)
     next(updates)
     updates.close()
-    assert all_end(work)
+    assert all_end(new_threads)
     run(video, 0.6)
     assert sum(passes) == 41
 
@@ -173,7 +173,7 @@ def test_a_frame_that_two_gpu_calls_show_is_reported_once(video, tmp_path):
     update = next(app.stream_object_detection(video, 0.0, folder=str(tmp_path)))
     report.add(update)
     once = len(report.detections())
-    report.add(update._replace(frames=dict(list(update.frames.items())[-1:])))
+    report.add(update._replace(frames=update.frames[-1:]))
     assert len(report.detections()) == once > 0
 
 

@@ -43,11 +43,6 @@ def count_passes(monkeypatch):
     return passes
 
 
-def frames_of(updates):
-    """The analysed frames of some updates, by source index."""
-    return {index: frame for update in updates for index, frame in update.frames.items()}
-
-
 # ------------------------------------------------------------------------------------------------ chunks and batches
 
 
@@ -57,7 +52,7 @@ def test_chunks_are_two_seconds_long_and_the_last_one_is_shorter(numbered, tmp_p
     assert [len(chunk.pictures) for chunk in chunks] == [30, 30, 2]
     assert [len(chunk.audio) for chunk in chunks] == [96_000, 96_000, 6_400]
     shown = [read_number(picture) for chunk in chunks for picture in chunk.pictures]
-    assert shown == [index for update in updates for index in update.frames] == list(range(0, 123, 2))
+    assert shown == [frame.source_index for update in updates for frame in update.frames] == list(range(0, 123, 2))
     assert [(update.output_frames, update.is_end) for update in updates] == [(30, False), (60, False), (62, True)]
 
 
@@ -73,11 +68,11 @@ def test_a_stream_that_begins_in_mid_video_equals_the_rest_of_a_whole_one(tmp_pa
     after = whole[0]._replace(output_frames=100)
     rest = list(app.stream_object_detection(str(EXAMPLE), 0.3, after=after, folder=str(tmp_path)))
     assert [update.output_frames for update in rest] == [update.output_frames for update in whole][3:], "same borders"
-    expected = dict(list(frames_of(whole).items())[100:])
-    found = frames_of(rest)
-    assert list(found) == list(expected)
-    for index in found:
-        sure = [app.select(frames[index].detections, 0.5, ()) for frames in (found, expected)]
+    expected = [frame for update in whole for frame in update.frames][100:]
+    found = [frame for update in rest for frame in update.frames]
+    assert [frame.source_index for frame in found] == [frame.source_index for frame in expected]
+    for one, other in zip(found, expected, strict=True):
+        sure = [app.select(frame.detections, 0.5, ()) for frame in (one, other)]
         np.testing.assert_allclose(*sure, atol=0.001)
 
 
@@ -121,9 +116,9 @@ def test_a_frame_that_is_shown_for_longer_is_detected_and_reported_once(tmp_path
     monkeypatch.setattr(app.DETECTOR, "batch_frames", 12)
     passes = count_passes(monkeypatch)
     updates = list(app.stream_object_detection(str(path), 1.0, folder=str(tmp_path)))
-    reported = frames_of(updates)
+    reported = [frame.source_index for update in updates for frame in update.frames]
     assert updates[-1].output_frames == len(read_chunks([update.chunk for update in updates]).pictures) == 40
-    assert sum(passes) == len(reported) < 10
+    assert sum(passes) == len(reported) == len(set(reported)) < 10
 
 
 def test_a_cut_off_file_streams_as_far_as_it_goes_and_a_warning_gives_the_second(tmp_path, monkeypatch):
@@ -150,10 +145,10 @@ def test_boxes_are_drawn_where_the_rendered_shapes_are(tmp_path):
     """In the decoded chunks: the outline has the label's colour on each side of the shape's true box."""
     updates = list(app.stream_object_detection(str(EXAMPLE), 0.5, folder=str(tmp_path)))
     pictures = read_chunks([update.chunk for update in updates]).pictures
-    frames = list(frames_of(updates).items())
+    frames = [frame for update in updates for frame in update.frames]
     outlined = at_a_shape = total = 0
-    for picture, (source_index, frame) in zip(pictures[::5], frames[::5], strict=True):
-        true_boxes = shapes.example_truth(EXAMPLE.stem, source_index)[0]
+    for picture, frame in zip(pictures[::5], frames[::5], strict=True):
+        true_boxes = shapes.example_truth(EXAMPLE.stem, frame.source_index)[0]
         for *box, _, number in app.select(frame.detections, 0.5, ()):
             total += 1
             box = np.array(box) * (frame.source_size * 2)
@@ -185,7 +180,7 @@ def first_chunk(folder, conf_threshold, classes=()):
     updates = app.stream_object_detection(str(EXAMPLE), conf_threshold, classes, tracks=False, folder=str(folder))
     with closing(updates):
         update = next(updates)
-    return np.array(read_chunks([update.chunk]).pictures).astype(int), [f.detections for f in update.frames.values()]
+    return np.array(read_chunks([update.chunk]).pictures).astype(int), [f.detections for f in update.frames]
 
 
 def test_a_higher_threshold_draws_less(tmp_path):
@@ -217,26 +212,26 @@ def test_only_boxes_of_the_chosen_classes_are_drawn(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- its ends
 
 
-def all_end(work, seconds=3):
+def all_end(new_threads, seconds=3):
     deadline = time.monotonic() + seconds
-    while work() and time.monotonic() < deadline:
+    while new_threads() and time.monotonic() < deadline:
         time.sleep(0.02)
-    return not work()
+    return not new_threads()
 
 
 @pytest.mark.parametrize("updates_taken", [1, 2])
-def test_closing_ends_all_work_and_leaves_only_the_yielded_chunks(
-    updates_taken, numbered, small_batches, tmp_path, monkeypatch, work
+def test_closing_ends_all_threads_and_leaves_only_the_yielded_chunks(
+    updates_taken, numbered, small_batches, tmp_path, monkeypatch, new_threads
 ):
     """By default, chunks are in the system's temporary folder."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     updates = app.stream_object_detection(numbered, 1.0)
     chunks = [update.chunk for update in itertools.islice(updates, updates_taken)]
-    assert work()
+    assert new_threads()
     updates.close()
     assert {str(path) for path in tmp_path.iterdir()} == set(chunks)
     assert len(chunks) == updates_taken
-    assert all_end(work)
+    assert all_end(new_threads)
     assert {str(path) for path in tmp_path.iterdir()} == set(chunks)
 
 
@@ -257,8 +252,8 @@ def test_an_unfinished_chunk_is_removed_when_the_stream_fails(numbered, small_ba
     assert os.listdir(tmp_path) == [os.path.basename(chunk)]
 
 
-def test_an_error_in_a_stage_reaches_the_caller_and_leaves_no_work_or_file(
-    numbered, small_batches, tmp_path, monkeypatch, work
+def test_an_error_in_a_stage_reaches_the_caller_and_leaves_no_thread_or_file(
+    numbered, small_batches, tmp_path, monkeypatch, new_threads
 ):
     passes, forward = itertools.count(1), app.DETECTOR.model.forward
 
@@ -270,18 +265,18 @@ def test_an_error_in_a_stage_reaches_the_caller_and_leaves_no_work_or_file(
     monkeypatch.setattr(app.DETECTOR.model, "forward", fail_in_the_third_pass)
     with pytest.raises(gr.Error, match="Something went wrong"):
         list(app.stream_object_detection(numbered, 1.0, folder=str(tmp_path)))
-    assert all_end(work)
+    assert all_end(new_threads)
     assert not os.listdir(tmp_path)
 
 
-def test_an_encoder_that_fails_leaves_no_work_or_file(numbered, tmp_path, monkeypatch, work):
+def test_an_encoder_that_fails_leaves_no_thread_or_file(numbered, tmp_path, monkeypatch, new_threads):
     def fail(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(app.ChunkWriter, "write_audio", fail)
     with pytest.raises(gr.Error, match="could not store the result"):
         list(app.stream_object_detection(numbered, 1.0, folder=str(tmp_path)))
-    assert all_end(work)
+    assert all_end(new_threads)
     assert not os.listdir(tmp_path)
 
 
@@ -345,7 +340,7 @@ def test_prefetching_is_one_item_ahead_but_no_more():
         assert steps.log == ["begins 0", "ends 0", "begins 1", "ends 1"]
 
 
-def test_closing_does_not_wait_for_the_step_at_hand_after_which_the_items_are_closed(work):
+def test_closing_does_not_wait_for_the_step_at_hand_after_which_the_items_are_closed(new_threads):
     steps = SlowSteps(0.5)
     items = app.prefetch(app.prefetch(steps.items))
     assert next(items) == 0
@@ -355,10 +350,10 @@ def test_closing_does_not_wait_for_the_step_at_hand_after_which_the_items_are_cl
     assert not steps.is_closed.is_set()
     assert steps.is_closed.wait(2)
     assert steps.log[-2:] in (["ends 1", "closed"], ["ends 2", "closed"])
-    assert all_end(work)
+    assert all_end(new_threads)
 
 
-def test_the_threads_do_not_end_but_are_used_again(work):
+def test_the_threads_do_not_end_but_are_used_again(new_threads):
     """One that ends can hang a process that is forked in the same moment."""
 
     def threads():
@@ -366,7 +361,7 @@ def test_the_threads_do_not_end_but_are_used_again(work):
         yield threading.current_thread()
 
     first, second = app.prefetch(threads())
-    assert all_end(work)
+    assert all_end(new_threads)
     third, fourth = app.prefetch(threads())
     assert first is second is third is fourth
     assert first.is_alive()
@@ -383,7 +378,7 @@ def test_an_error_while_prefetching_comes_in_its_place():
         next(items)
 
 
-def test_closing_the_stream_does_not_wait_for_a_pass(numbered, small_batches, tmp_path, monkeypatch, work):
+def test_closing_the_stream_does_not_wait_for_a_pass(numbered, small_batches, tmp_path, monkeypatch, new_threads):
     began, forward = threading.Semaphore(0), app.DETECTOR.model.forward
 
     def slow(**inputs):
@@ -399,4 +394,4 @@ def test_closing_the_stream_does_not_wait_for_a_pass(numbered, small_batches, tm
     closed_at = time.monotonic()
     updates.close()
     assert time.monotonic() - closed_at < 0.1
-    assert all_end(work)
+    assert all_end(new_threads)
