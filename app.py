@@ -40,7 +40,6 @@ import gradio as gr
 import imageio_ffmpeg
 import numpy as np
 import pandas as pd
-import supervision as sv
 import torch
 import torch.nn.functional as F
 import transformers
@@ -50,8 +49,6 @@ from scipy.optimize import linear_sum_assignment
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from trackers import CBIoUTracker
-from trackers.utils.state_representations import XCYCWHStateEstimator
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 
 from draw_boxes import draw_bounding_boxes, label_color
@@ -95,13 +92,8 @@ CUT_CHANGE, CUT_FACTOR = 25, 1.5
 LOST_SECONDS = 1.2  # an object keeps its number for so long while it is not seen
 NEW_SECONDS = 0.25  # a new object gets its number after this long
 BELIEVED_SECONDS = 1.0  # an object counts after being seen this long
-TRACKER = {
-    "track_activation_threshold": 0.0,  # any detection that is drawn may start a track
-    "high_conf_det_threshold": 0.0,
-    "minimum_iou_threshold_first_assoc": 0.01,
-    "buffer_ratio_first": 0.8,  # boxes are enlarged by this share of their size
-    "instant_first_frame_activation": False,
-}
+SMOOTHING_SECONDS = 0.16  # time constant of the boxes that the tracker predicts from
+NEW_TRACK_COST = 1  # for an object without a number: those that have one come first
 MAX_COST = 2.5  # upper limit for two detections to match; 2.0 to 3.5 change interpolated frames by less than 1 %
 TRAIL_SECONDS = 1.5
 
@@ -354,13 +346,13 @@ def stream_object_detection(
         scale, fps = RESOLUTIONS[resolution].scale, info.fps / RESOLUTIONS[resolution].step
         chunk_frames = step * max(1, round(CHUNK_SECONDS * fps / step))
         start, tracker = (after.output_frames, after.tracker) if after else (0, ObjectTracker(fps))
-        audio = AudioReader(info, start / fps) if info.has_audio else None
+        audio = AudioReader(info, start / fps) if info.audio_channels else None
         batches = prefetch(read_batches(sample_frames(info, fps, scale, start), start, step, chunk_frames))
         detected = prefetch(detect_batches(batches, cached, step, began + budget_seconds - GPU_RESERVE_SECONDS))
         with contextlib.closing(detected):
             for first in detected:
                 found = []
-                with ChunkWriter(folder, first.frames[0].image.shape[1::-1], fps, bool(audio)) as writer:
+                with ChunkWriter(folder, first.frames[0].image.shape[1::-1], fps, info.audio_channels) as writer:
                     for batch in itertools.chain([first], detected):
                         found += draw_batch(batch, conf_threshold, classes, tracker, tracks)
                         for frame in batch.frames:
@@ -512,21 +504,29 @@ class CutFinder:
         return is_cut
 
 
-CLASS_OFFSET = 10  # frame widths between the boxes of two classes, so that one tracker can serve all
+@dataclass
+class Track:
+    """Where an object is, by an alpha-beta filter: it keeps its velocity and size, and its centre in the picture."""
 
+    detection: np.ndarray  # float64 (6,): smoothed, or predicted
+    velocity: np.ndarray = field(default_factory=lambda: np.zeros(2))  # of the centre, per frame, relative to the frame
+    number: int = 0  # 0 until the object has been seen for `NEW_SECONDS`
+    frames_seen: int = 1
+    frames_missed: int = 0  # since then
 
-class PredictedBox(XCYCWHStateEstimator):
-    """Predicts a constant size, and keeps the centre inside the picture.
+    def predict(self) -> np.ndarray:
+        """Moves to the next frame, and returns the detection that is expected there."""
+        self.frames_missed += 1
+        centre = (self.detection[:2] + self.detection[2:4]) / 2
+        self.detection[:4] += np.tile((centre + self.velocity).clip(0, 1) - centre, 2)  # an object may leave and return
+        return self.detection
 
-    By default, the predicted box of an object that leaves shrinks, as its visible part does, and drifts away. It would
-    not match when the object returns.
-    """
-
-    def clamp_velocity(self, frame_step: float = 1.0) -> None:  # called before each prediction
-        state = self.kf.state  # (8, 1): centre, size and their changes per frame, relative to the picture
-        left = CLASS_OFFSET * np.round(state[0, 0] / CLASS_OFFSET)  # of the picture of this class
-        state[:2, 0] = state[:2, 0].clip((left, 0), (left + 1, 1))
-        state[6:] = 0
+    def update(self, detection: np.ndarray, alpha: float) -> None:
+        """Corrects the prediction: by the share `alpha` of its error for the box, and by less for the velocity."""
+        self.frames_seen, self.frames_missed = self.frames_seen + 1, 0
+        errors = detection[:4] - self.detection[:4]
+        self.detection[:4] += alpha * errors
+        self.velocity += alpha**2 / (2 - alpha) * (errors[:2] + errors[2:]) / 2  # Benedict and Bordner, 1962
 
 
 class ObjectTracker:
@@ -539,44 +539,39 @@ class ObjectTracker:
     """
 
     def __init__(self, fps: Fraction):
-        self._tracker = CBIoUTracker(
-            frame_rate=float(fps),
-            lost_track_buffer=round(30 * LOST_SECONDS),  # in frames of 1/30 s, at any rate
-            minimum_consecutive_frames=max(2, round(NEW_SECONDS * fps)),
-            state_estimator_class=PredictedBox,
-            **TRACKER,
-        )
+        self._frames_to_confirm = max(2, round(NEW_SECONDS * fps))
+        self._frames_to_keep = round(LOST_SECONDS * fps)
+        self._alpha = 1 - math.exp(-1 / (SMOOTHING_SECONDS * fps))
+        self._tracks: list[Track] = []
         self._count: Counter[float] = Counter()  # objects of each label
-        self._numbers: dict[int, int] = {}  # by the id of the library's track
         self._recent = deque([np.empty((0, 7))], max(1, round(TRAIL_SECONDS * fps)))  # numbered objects on each frame
 
     def update(self, frames: Sequence[np.ndarray], cuts: Sequence[bool]) -> list[np.ndarray]:
         """Appends object numbers to the detections on the next frames: (N, 6) in, (N, 7) out; 0 means no object.
 
-        `cuts` tells for each frame whether a shot begins with it.
+        A new number also holds for the object's earlier detections in these frames. `cuts` tells for each frame whether
+        a shot begins with it.
         """
-        numbers = [self._number(*frame) for frame in zip(frames, cuts, strict=True)]
-        for index in reversed(np.flatnonzero(~np.array(cuts[1:], bool))):
-            backfill_numbers(frames[index], numbers[index], frames[index + 1], numbers[index + 1])
+        tracks = [self._track(*frame) for frame in zip(frames, cuts, strict=True)]
+        numbers = [[track.number for track in found] for found in tracks]
         return [np.column_stack(frame) for frame in zip(frames, numbers, strict=True)]
 
-    def _number(self, detections: np.ndarray, is_cut: bool) -> np.ndarray:
-        """The object number of each detection, (N,)."""
-        if is_cut:
-            self._tracker.tracks.clear()
-        numbers, labels = np.zeros(len(detections), int), detections[:, 5]
-        boxes = detections[:, :4] + CLASS_OFFSET * labels[:, None] * (1, 0, 1, 0)
-        order = {"index": np.arange(len(boxes))}  # the library reorders detections
-        tracked = self._tracker.update(sv.Detections(boxes, confidence=detections[:, 4], data=order))
-        for index, track in zip(tracked.data.get("index", ()), tracked.tracker_id, strict=True):
-            if track >= 0:
-                if track not in self._numbers:
-                    self._count[labels[index]] += 1
-                    self._numbers[track] = self._count[labels[index]]
-                numbers[index] = self._numbers[track]
-        alive = {track.tracker_id for track in self._tracker.tracks}
-        self._numbers = {track: number for track, number in self._numbers.items() if track in alive}
-        return numbers
+    def _track(self, detections: np.ndarray, is_cut: bool) -> list[Track]:
+        """The track of each detection."""
+        tracks = [] if is_cut else self._tracks
+        predicted = np.array([track.predict() for track in tracks]).reshape(-1, 6)
+        is_new = np.array([track.number == 0 for track in tracks], bool)
+        rows, columns = match(matching_costs(predicted, detections) + NEW_TRACK_COST * is_new[:, None])
+        found = [Track(detection.astype(float)) for detection in detections]
+        for row, column in zip(rows, columns, strict=True):
+            track = found[column] = tracks[row]
+            track.update(detections[column], self._alpha)
+            if track.frames_seen == self._frames_to_confirm:
+                self._count[track.detection[5]] += 1
+                track.number = self._count[track.detection[5]]
+        lost = [track for track in tracks if track.number and 0 < track.frames_missed <= self._frames_to_keep]
+        self._tracks = found + lost
+        return found
 
     def trails(self, objects: np.ndarray) -> list[np.ndarray]:
         """For each object on the next frame, (N, 7), its centres on the frames before: (K, 2), oldest first, relative
@@ -587,14 +582,21 @@ class ObjectTracker:
         return [centres[(labels == label) & (numbers == number)] for label, number in objects[:, 5:]]
 
 
-def backfill_numbers(detections: np.ndarray, numbers: np.ndarray, later: np.ndarray, later_numbers: np.ndarray) -> None:
-    """Copies a new object's number back to the frame before the one that assigned it."""
-    cost = matching_costs(detections, later)
-    for index in np.flatnonzero(numbers == 0):
-        taken = numbers[detections[:, 5] == detections[index, 5]]
-        is_new = (later_numbers > 0) & ~np.isin(later_numbers, taken) & (cost[index] < 1)
-        if is_new.any():
-            numbers[index] = later_numbers[np.where(is_new, cost[index], np.inf).argmin()]
+def match(costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs with the least total cost, each below `MAX_COST`: their rows and columns in `costs`, (N, M)."""
+    rows, columns = linear_sum_assignment(np.minimum(costs, 2 * MAX_COST))
+    is_pair = costs[rows, columns] < MAX_COST
+    return rows[is_pair], columns[is_pair]
+
+
+def matching_costs(some: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Dissimilarity of detections (N, 6) and (M, 6), as (N, M): centre distance in box sizes, plus the absolute log
+    ratios of widths and heights. Infinite between classes."""
+    sizes, other_sizes = (np.maximum(found[:, 2:4] - found[:, :2], 1e-6) for found in (some, others))
+    offsets = (some[:, :2] + some[:, 2:4])[:, None] / 2 - (others[:, :2] + others[:, 2:4]) / 2
+    distances = np.linalg.norm(offsets / ((sizes[:, None] + other_sizes) / 2), axis=2)
+    growth = np.abs(np.log(sizes[:, None] / other_sizes)).sum(axis=2)
+    return np.where(some[:, None, 5] == others[:, 5], distances + growth, np.inf)
 
 
 # ------------------------------------------------------------------------------------------------- skipped frames
@@ -628,25 +630,12 @@ def interpolate(before: np.ndarray, after: np.ndarray, fraction: float) -> np.nd
     Matched boxes move linearly. Unmatched boxes stay in place: the earlier ones fade out before the middle of the gap,
     the later ones fade in after it. A low-scoring flicker therefore disappears quickly.
     """
-    cost = matching_costs(before, after)
-    rows, columns = linear_sum_assignment(np.minimum(cost, 2 * MAX_COST))
-    is_pair = cost[rows, columns] < MAX_COST
-    rows, columns = rows[is_pair], columns[is_pair]
+    rows, columns = match(matching_costs(before, after))
     moved = (1 - fraction) * before[rows] + fraction * after[columns]
     alone = np.delete(before, rows, axis=0) if fraction < 0.5 else np.delete(after, columns, axis=0)
     faded = alone * (1, 1, 1, 1, abs(1 - 2 * fraction), 1)
     filled = np.concatenate((moved, faded)).astype(np.float32)
     return filled[np.argsort(-filled[:, 4], kind="stable")]
-
-
-def matching_costs(some: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Dissimilarity of detections (N, 6) and (M, 6), as (N, M): centre distance in box sizes, plus the absolute log
-    ratios of widths and heights. Infinite between classes."""
-    sizes, other_sizes = (np.maximum(found[:, 2:4] - found[:, :2], 1e-6) for found in (some, others))
-    offsets = (some[:, :2] + some[:, 2:4])[:, None] / 2 - (others[:, :2] + others[:, 2:4]) / 2
-    distances = np.linalg.norm(offsets / ((sizes[:, None] + other_sizes) / 2), axis=2)
-    growth = np.abs(np.log(sizes[:, None] / other_sizes)).sum(axis=2)
-    return np.where(some[:, None, 5] == others[:, 5], distances + growth, np.inf)
 
 
 # -------------------------------------------------------------------------------------------------------- results

@@ -28,7 +28,8 @@ MAX_HOURS = 4
 MAX_FRAMES = 1_000_000
 MAX_FPS = 480  # a higher rate, claimed or measured, is a broken clock
 MAX_PIXEL_ASPECT = 4  # a more extreme shape of pixels is a broken header
-AUDIO_RATE = 48_000  # samples per second in the chunks, which are stereo
+AUDIO_RATE = 48_000  # samples per second in the chunks
+AUDIO_LAYOUTS = ("", "mono", "stereo")  # of the chunks, by the number of channels
 AUDIO_JUMP_SECONDS = 0.015  # a timestamp this far from the running sample count is a real gap: one lost packet
 AUDIO_PREROLL_SECONDS = 1  # decoded and dropped after a seek, until a codec has all that it predicts from
 
@@ -75,7 +76,7 @@ class VideoInfo(NamedTuple):
 
     path: str
     track: int  # of the video in the file
-    has_audio: bool
+    audio_channels: int  # 0 without sound, 1 or 2
     fps: Fraction  # exact, such as 30000/1001
     frame_seconds: float  # 1 / fps
     pts_seconds: np.ndarray  # of each packet, float64, sorted
@@ -118,14 +119,14 @@ def _read_packets(path: str, modified: float) -> VideoInfo:
         duration_seconds = end_seconds - start_seconds + float(max(held_ticks * time_base, 1 / fps))
         if duration_seconds > MAX_HOURS * 3600:
             raise VideoError(f"This video is longer than {MAX_HOURS} hours.")
-        header_seconds = float((stream.duration or 0) * time_base)
+        header_seconds, audio = float((stream.duration or 0) * time_base), container.streams.best("audio")
         with contextlib.suppress(KeyError, ValueError):  # Matroska has the end of a track as a tag: 00:00:07.300
             hours, minutes, seconds = map(float, stream.metadata["DURATION"].split(":"))
             header_seconds = hours * 3600 + minutes * 60 + seconds - start_seconds
         return VideoInfo(
             path=path,
             track=stream.index,
-            has_audio=container.streams.best("audio") is not None,
+            audio_channels=min(max(1, audio.channels), 2) if audio else 0,
             fps=fps,
             frame_seconds=float(1 / fps),
             pts_seconds=(ticks - ticks[0]) * float(time_base),
@@ -292,12 +293,13 @@ class AudioReader:
     def __init__(self, video: VideoInfo, start_seconds: Fraction = Fraction(0)):
         self._position = round(start_seconds * AUDIO_RATE)  # of the next sample
         self._blocks = _audio_blocks(video, float(start_seconds))
-        self._block = 0, np.zeros((0, 2), np.int16)  # the last one that was decoded
+        self._channels = video.audio_channels
+        self._block = 0, np.zeros((0, self._channels), np.int16)  # the last one that was decoded
 
     def read_until(self, seconds: Fraction) -> np.ndarray:
-        """Returns the samples between the last call's end and `seconds`: int16 (samples, 2) at `AUDIO_RATE`."""
+        """Returns the samples between the last call's end and `seconds`: int16 (samples, channels) at `AUDIO_RATE`."""
         start, self._position = self._position, round(seconds * AUDIO_RATE)
-        sound = np.zeros((self._position - start, 2), np.int16)
+        sound = np.zeros((self._position - start, self._channels), np.int16)
         for block in itertools.chain([self._block], self._blocks):
             position, samples = self._block = block
             first, last = max(start, position), min(self._position, position + len(samples))
@@ -309,10 +311,10 @@ class AudioReader:
 
 
 def _audio_blocks(video: VideoInfo, start_seconds: float) -> Iterator[tuple[int, np.ndarray]]:
-    """Positions and samples, int16 (samples, 2), of blocks of sound, from `start_seconds` or some time before.
+    """Positions and samples, int16 (samples, channels), of blocks of sound, from `start_seconds` or some time before.
     A block is at the place of its timestamp, or right after the last one if the difference is only rounding.
     """
-    resampler = av.AudioResampler(format="s16", layout="stereo", rate=AUDIO_RATE)
+    resampler = av.AudioResampler(format="s16", layout=AUDIO_LAYOUTS[video.audio_channels], rate=AUDIO_RATE)
     position, rounding = round(start_seconds * AUDIO_RATE), 0
     for _, frame in _decode(video, "audio", max(0.0, start_seconds - AUDIO_PREROLL_SECONDS)):
         with contextlib.suppress(av.FFmpegError, ValueError):  # damaged sound, or a new format in the middle
@@ -320,7 +322,7 @@ def _audio_blocks(video: VideoInfo, start_seconds: float) -> Iterator[tuple[int,
                 if part.time is not None:
                     timed = round((part.time - video.start_seconds) * AUDIO_RATE)
                     position = timed if abs(timed - position) > rounding else position
-                yield position, part.to_ndarray().reshape(-1, 2)
+                yield position, part.to_ndarray().reshape(-1, video.audio_channels)
                 position, rounding = position + part.samples, AUDIO_JUMP_SECONDS * AUDIO_RATE
 
 
@@ -331,7 +333,7 @@ class ChunkWriter(contextlib.AbstractContextManager):
     keeps exactly the given samples, so chunks join without a gap; AAC would add its priming samples to each.
     """
 
-    def __init__(self, folder: str | None, size: tuple[int, int], fps: Fraction, has_audio: bool):
+    def __init__(self, folder: str | None, size: tuple[int, int], fps: Fraction, audio_channels: int):
         handle, self.path = tempfile.mkstemp(".mp4", "chunk-", folder)
         os.close(handle)
         self._samples = 0
@@ -341,7 +343,8 @@ class ChunkWriter(contextlib.AbstractContextManager):
         options = {"preset": "ultrafast", "crf": "24", "threads": str(HELPER_THREADS)}
         options |= {"colorspace": "bt470bg", "color_range": "tv", "color_primaries": "bt709", "color_trc": "bt709"}
         self._video = container.add_stream("libx264", fps, options, width=size[0], height=size[1], pix_fmt="yuv420p")
-        self._audio = container.add_stream("flac", AUDIO_RATE, layout="stereo", format="s16") if has_audio else None
+        self._layout = layout = AUDIO_LAYOUTS[audio_channels]
+        self._audio = container.add_stream("flac", AUDIO_RATE, layout=layout, format="s16") if layout else None
 
     def write(self, image: np.ndarray) -> None:
         """Adds a frame, uint8 (height, width, 3) BGR."""
@@ -351,8 +354,8 @@ class ChunkWriter(contextlib.AbstractContextManager):
         self._container.mux(self._video.encode(frame))
 
     def write_audio(self, samples: np.ndarray) -> None:
-        """Adds sound, int16 (samples, 2) at `AUDIO_RATE`."""
-        sound = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="s16", layout="stereo")
+        """Adds sound, int16 (samples, channels) at `AUDIO_RATE`."""
+        sound = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="s16", layout=self._layout)
         sound.rate, sound.pts = AUDIO_RATE, self._samples
         self._samples += len(samples)
         self._container.mux(self._audio.encode(sound))

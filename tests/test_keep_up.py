@@ -149,7 +149,7 @@ def test_boxes_glide_between_analysed_frames(drawn, tmp_path):
 
 def test_no_box_crosses_a_cut(drawn, tmp_path):
     """The first half shows the upper part of a scene, the second half another one."""
-    writer = ChunkWriter(str(tmp_path), (320, 180), 30, has_audio=False)
+    writer = ChunkWriter(str(tmp_path), (320, 180), 30, audio_channels=0)
     for name in ("bouncing-shapes", "circling-shapes"):
         for index in range(50):
             image = np.ascontiguousarray(shapes.example_frame(name, index)[:, :, ::-1])

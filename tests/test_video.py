@@ -188,6 +188,14 @@ def test_of_several_sound_tracks_the_default_one_is_heard(tmp_path):
     assert np.abs(play(path).audio.astype(int)).mean() > 500
 
 
+@pytest.mark.parametrize(("layout", "heard"), [("mono", [True]), ("stereo", [True, False]), ("5.1", [True, False])])
+def test_mono_stays_mono_and_left_stays_left(layout, heard, tmp_path):
+    path = tmp_path / "left.mkv"
+    ffmpeg("-f", "lavfi", "-i", "testsrc2=s=160x96:r=30:d=3", "-f", "lavfi", "-i", "sine=f=500:r=48000:d=3",
+           "-af", f"pan={layout}|c0=c0", "-c:a", "flac", path)  # fmt: skip
+    assert (np.abs(play(path).audio.astype(int)).mean(axis=0) > 100).tolist() == heard
+
+
 def test_a_steady_tone_has_no_gap_or_click_at_chunk_borders(tmp_path):
     path = tmp_path / "tone.mp4"
     ffmpeg("-f", "lavfi", "-i", "testsrc2=s=160x96:r=30000/1001:d=7", "-f", "lavfi", "-i",

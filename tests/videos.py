@@ -77,7 +77,7 @@ def beeps(seconds: float, rate: int = 48_000) -> np.ndarray:
 
 
 def beep_onsets(samples: np.ndarray, rate: int) -> list[float]:
-    """Seconds at which beeps start in int16 (samples,) or (samples, 2)."""
+    """Seconds at which beeps start in int16 (samples,) or (samples, channels)."""
     loud = (np.abs(samples.astype(int)) > 3_000).any(axis=tuple(range(1, samples.ndim)))
     places = np.flatnonzero(loud)
     starts = places[np.diff(places, prepend=-rate) > rate // 4]
@@ -157,7 +157,7 @@ class Output:
     pictures: list[np.ndarray]  # RGB, (H, W, 3) uint8
     fps: Fraction
     seconds: float
-    audio: np.ndarray  # int16 (samples, 2); no samples where there is no sound
+    audio: np.ndarray  # int16 (samples, channels); no samples where there is no sound
 
 
 def read_chunks(paths: Sequence[str | Path]) -> Output:
@@ -176,9 +176,11 @@ def read_chunks(paths: Sequence[str | Path]) -> Output:
             pictures += [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
         with av.open(str(path)) as container:
             if container.streams.audio:
-                audio += [frame.to_ndarray().reshape(-1, 2) for frame in container.decode(audio=0)]
+                audio += [
+                    frame.to_ndarray().reshape(-1, frame.layout.nb_channels) for frame in container.decode(audio=0)
+                ]
     assert len(rates) == 1, f"the rate changes between chunks: {rates}"
-    sound = np.concatenate(audio) if audio else np.zeros((0, 2), np.int16)
+    sound = np.concatenate(audio) if audio else np.zeros((0, 1), np.int16)
     return Output(pictures, rates.pop(), seconds, sound)
 
 
@@ -194,12 +196,12 @@ def write_chunks(
     info = read_video_info(path)
     fps = info.fps / step
     chunk_frames = max(1, round(2 * fps))
-    audio = AudioReader(info, start / fps) if info.has_audio else None
+    audio = AudioReader(info, start / fps) if info.audio_channels else None
     chunks = []
     frames = enumerate(sample_frames(info, fps, scale, start), start)
     for _, items in itertools.groupby(frames, lambda item: item[0] // chunk_frames):
         indices, group = zip(*items, strict=True)
-        writer = ChunkWriter(str(folder), group[0].image.shape[1::-1], fps, bool(audio))
+        writer = ChunkWriter(str(folder), group[0].image.shape[1::-1], fps, info.audio_channels)
         for frame in group:
             writer.write(frame.image)
         if audio:
