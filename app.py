@@ -3,8 +3,10 @@
 Read from top to bottom, this file follows the data: settings, model, the `@spaces.GPU` generator, results, runs, page.
 Files and frames are in `video.py`, drawing is in `draw_boxes.py`.
 
-`video.sample_frames` gives each frame its time, `select` filters the boxes, and `stream_object_detection` yields the
-chunks. `stream_across_calls` repeats it on ZeroGPU, and `follow` turns what it yields into values for the page.
+- A frame gets its time in `video._opencv_frames` or `video._pyav_frames`; `video.sample_frames` chooses by it.
+- `select_detections` filters the boxes by threshold and class.
+- `stream_object_detection` yields the chunks. On ZeroGPU, `stream_across_calls` calls it several times. `follow` turns
+  each chunk into new values for the page's components, such as `player`, and `stream_to_page` sends them.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ SHIPPED_MODEL = EXAMPLES / "shapes-rtdetr"
 
 class Resolution(NamedTuple):
     scale: Fraction  # width and height of the output relative to the source
-    step: int  # source frames per output frame
+    source_frames: int  # per output frame
 
 
 RESOLUTIONS = {"Half (fast)": Resolution(Fraction(1, 2), 2), "Full": Resolution(Fraction(1), 1)}
@@ -84,20 +86,21 @@ KEEP_UP_SHARE = 0.6  # of real time for the model; the rest is for reading, draw
 MAX_GAP_SECONDS = 0.5  # between analysed frames
 
 # Mean difference between thumbnails of consecutive frames (0 to 255), and its ratio to the previous difference. In a
-# film at 25 and 12.5 frames per second, cuts changed 43 to 81. Its fastest motion changed up to 31, but the previous
-# frame had changed as much. These limits found all 5 and 10 cuts and nothing else; a ratio of 2 missed 2 of 10.
+# film at 25 and 12.5 frames per second, cuts changed 43 to 81. The fastest motion changed up to 31, but the frame
+# before it had changed just as much. These limits found all 5 and 10 cuts, and nothing else; with a ratio of 2,
+# 2 of 10 were missed.
 CUT_CHANGE, CUT_FACTOR = 25, 1.5
 
 # Tuned on 144 rendered scenes with known objects; tests/README.md has the figures.
-LOST_SECONDS = 1.2  # an object keeps its number for so long while it is not seen
-NEW_SECONDS = 0.25  # a new object gets its number after this long
-BELIEVED_SECONDS = 1.0  # an object counts after being seen this long
+LOST_SECONDS = 1.2  # how long an object keeps its number while out of sight
+NEW_SECONDS = 0.25  # how long a new object waits for its number
+BELIEVED_SECONDS = 1.0  # how long an object must be seen to count
 SMOOTHING_SECONDS = 0.16  # time constant of the boxes that the tracker predicts from
 NEW_TRACK_COST = 1  # for an object without a number: those that have one come first
 MAX_COST = 2.5  # upper limit for two detections to match; 2.0 to 3.5 change interpolated frames by less than 1 %
 TRAIL_SECONDS = 1.5
 
-CACHED_VIDEOS = 16  # whose detections are kept in memory, at some hundred bytes per frame
+CACHED_VIDEOS = 16  # whose detections stay in memory, a few hundred bytes per frame
 
 ON_ZEROGPU = spaces.config.Config.zero_gpu  # `spaces` has no public name for it
 GPU_SECONDS = 60  # of a ZeroGPU per call, at most: a request that exceeds the visitor's quota is refused
@@ -205,7 +208,7 @@ class Detector:
 
 @torch.no_grad()
 def optimize_for_cpu(model: torch.nn.Module) -> None:
-    """Channels last and activations in place; then bfloat16 before the decoder, or else batch norms folded.
+    """Uses channels last and in-place activations, then bfloat16 before the decoder, or else folds the batch norms.
 
     R18 on two cores of an AMD EPYC: 380 ms per frame as it is, 219 ms optimized, 141 ms in bfloat16. The decoder stays
     in float32, because it chooses between queries that are nearly alike: in bfloat16, 2 % of the detections changed.
@@ -302,7 +305,7 @@ class Batch(NamedTuple):
     start: int  # output index of the first one
     is_end: bool  # of the video
     detections: Sequence[np.ndarray] = ()  # on each frame; this and the rest is added by `detect_batches`
-    analysed: Sequence[bool] = ()  # whether the detections are the model's, and not those of the frame before again
+    analysed: Sequence[bool] = ()  # whether the model found them, not interpolated, and not on a frame shown again
     cuts: Sequence[bool] = ()  # whether a new shot begins with the frame
     is_cached: bool = False  # whether no frame needed the model
 
@@ -343,7 +346,7 @@ def stream_object_detection(
     began, cached = time.monotonic(), {} if cached is None else cached
     try:
         info = read_video_info(video)
-        scale, fps = RESOLUTIONS[resolution].scale, info.fps / RESOLUTIONS[resolution].step
+        scale, fps = RESOLUTIONS[resolution].scale, info.fps / RESOLUTIONS[resolution].source_frames
         chunk_frames = step * max(1, round(CHUNK_SECONDS * fps / step))
         start, tracker = (after.output_frames, after.tracker) if after else (0, ObjectTracker(fps))
         audio = AudioReader(info, start / fps) if info.audio_channels else None
@@ -412,7 +415,7 @@ def detect_batches(
             before, last_index = detections[-1], batch.frames[-1].source_index
 
 
-def select(detections: np.ndarray, conf_threshold: float, classes: Sequence[str]) -> np.ndarray:
+def select_detections(detections: np.ndarray, conf_threshold: float, classes: Sequence[str]) -> np.ndarray:
     """The detections above the threshold and, unless `classes` is empty, in one of them."""
     selected = detections[detections[:, 4] > conf_threshold]
     if classes:
@@ -425,7 +428,7 @@ def draw_batch(
     batch: Batch, conf_threshold: float, classes: Sequence[str], tracker: ObjectTracker, tracks: bool
 ) -> list[FrameDetections]:
     """Draws the selected detections into the frames. Returns those of the analysed frames."""
-    selected = [select(detections, conf_threshold, classes) for detections in batch.detections]
+    selected = [select_detections(detections, conf_threshold, classes) for detections in batch.detections]
     objects = tracker.update(selected, batch.cuts)
     found = []
     frames = zip(batch.frames, batch.detections, batch.analysed, objects, strict=True)
@@ -446,8 +449,8 @@ def draw(image: np.ndarray, objects: np.ndarray, trails: Sequence[np.ndarray] | 
     draw_bounding_boxes(image, objects[:, :4] * (width, height, width, height), objects[:, 4], labels, numbers, trails)
 
 
-# By process, because a forked one has none of its parent's threads, and by niceness. They never end: a thread that ends
-# takes a lock of OpenCV's, which a process that ZeroGPU forks in that moment would never get.
+# By process id, because a forked process has none of its parent's threads, and by niceness. They never end: a thread
+# that ends takes a lock of OpenCV's, and a process that ZeroGPU forks in that moment would wait for it forever.
 IDLE_THREADS: defaultdict[tuple[int, int], deque[ThreadPoolExecutor]] = defaultdict(deque)
 
 
@@ -506,7 +509,7 @@ class CutFinder:
 
 @dataclass
 class Track:
-    """Where an object is, by an alpha-beta filter: it keeps its velocity and size, and its centre in the picture."""
+    """An object's box in an alpha-beta filter, which expects a constant velocity and size inside the frame."""
 
     detection: np.ndarray  # float64 (6,): smoothed, or predicted
     velocity: np.ndarray = field(default_factory=lambda: np.zeros(2))  # of the centre, per frame, relative to the frame
@@ -657,7 +660,7 @@ def step_to_keep_up(video: str, modified: float, resolution: str) -> int:
 
     Decided once per video, so that later runs find the same frames in the cache. The runs in progress share the model.
     """
-    fps = read_video_info(video).fps / RESOLUTIONS[resolution].step
+    fps = read_video_info(video).fps / RESOLUTIONS[resolution].source_frames
     runs = max(1, min(len(QUEUE), CONCURRENT_RUNS))
     needed = math.ceil(DETECTOR.seconds_per_frame * runs * fps / KEEP_UP_SHARE)
     return max(1, min(needed, int(MAX_GAP_SECONDS * fps)))
@@ -681,7 +684,8 @@ class Report:
         tracks: bool = True,
     ):
         self.info, self.conf_threshold, self.classes = read_video_info(video), conf_threshold, list(classes or ())
-        self.resolution, self.fps, self.tracks = resolution, self.info.fps / RESOLUTIONS[resolution].step, tracks
+        self.resolution, self.tracks = resolution, tracks
+        self.fps = self.info.fps / RESOLUTIONS[resolution].source_frames
         file = (video, os.path.getmtime(video), resolution)
         self.cached, self.step = cached_detections(*file), step_to_keep_up(*file) if analysed == KEEP_UP else 1
         self.chunks: list[str] = []
@@ -734,9 +738,9 @@ class Report:
         return f"{status} · {speed:.1f}× real time · {DETECTOR.name} on {DEVICE.type}"
 
     def progress(self) -> str:
-        """A bar over the whole video, with the analysed part filled. Until the stream plays, the first frame is above.
+        """A bar over the whole video, with the analysed part filled.
 
-        The page hides the picture once the video plays.
+        Until the stream plays, the first frame is shown above it; the page hides it then.
         """
         if 0 in self.cached and not self.chunks and time.monotonic() - self._started > PICTURE_AFTER_SECONDS:
             self._picture = self._picture or self.first_frame()
@@ -747,7 +751,7 @@ class Report:
     def first_frame(self) -> str:
         """The first frame with its boxes, as an HTML image."""
         frame = next(sample_frames(self.info, self.fps, RESOLUTIONS[self.resolution].scale))
-        selected = select(self.cached[frame.source_index], self.conf_threshold, self.classes)
+        selected = select_detections(self.cached[frame.source_index], self.conf_threshold, self.classes)
         draw(frame.image, np.column_stack((selected, np.zeros(len(selected)))), None)
         jpeg = base64.b64encode(cv2.imencode(".jpg", frame.image)[1]).decode()
         return f'<img alt="First frame" style="height: {PLAYER_HEIGHT}" src="data:image/jpeg;base64,{jpeg}">'
@@ -760,7 +764,7 @@ class Report:
         return table.round({"time_seconds": 3, "score": 4} | dict.fromkeys(BOX_COLUMNS, 1))
 
     def believed(self) -> pd.DataFrame:
-        """The detections of objects that were seen long enough: one flickering frame is none."""
+        """The detections of objects that were seen long enough. One that flickers up in a frame does not count."""
         found = self.detections().dropna(subset="track")
         objects = [found["label"], found["track"]]
         seconds = found.groupby(objects)["time_seconds"].diff().clip(upper=MAX_GAP_SECONDS)
@@ -878,7 +882,7 @@ def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dic
             while not (run.is_stopped or report.is_end or report.failure):
                 if update := next(updates):
                     report.add(update)
-                    yield {processed: update.chunk}
+                    yield {player: update.chunk}
                     yield from report.results()
                 yield {status: report.status(), progress: report.progress()}
             ended = "Ended early" if report.failure else "Stopped" if run.is_stopped else "Done"
@@ -891,7 +895,7 @@ def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dic
         if report.failure:
             if report.chunks:
                 report.failure.message += (
-                    f" The first {report.seconds:.0f} seconds are complete. Run again resumes from there."
+                    f" The first {report.seconds:.0f} seconds are complete. Press “Run again” to resume from there."
                 )
             raise report.failure
     except Exception as error:
@@ -972,7 +976,7 @@ def buttons(running: bool) -> dict:
 
 
 def cleared() -> dict:
-    return {processed: gr.update(value=None), table: None, plot: gr.update(visible="hidden"), progress: ""}
+    return {player: gr.update(value=None), table: None, plot: gr.update(visible="hidden"), progress: ""}
 
 
 def stream_to_page(
@@ -1006,8 +1010,8 @@ def stream_to_page(
             settings = (video, conf_threshold, classes, resolution, analysed, tracks)
             updates = follow(run, *settings, join_seconds=playhead_seconds)
             yield from itertools.takewhile(lambda _: not run.is_replaced, updates)
-    # Gradio repeats a run's last output when it ends, perhaps after the first one of its successor. Without any output,
-    # it would empty all components.
+    # When a run ends, Gradio sends its last output again, perhaps after the next run's first one, so it must change
+    # nothing. If a run yielded nothing at all, Gradio would empty all components.
     yield {status: gr.skip()}
 
 
@@ -1171,7 +1175,7 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 864
                 analysed = gr.Radio([KEEP_UP, EVERY_FRAME], value=KEEP_UP, label="Frames analysed")
                 tracks = gr.Checkbox(True, label="Tracks", info="Show object numbers and trails.")
         with gr.Column():
-            processed = gr.Video(
+            player = gr.Video(
                 label="Detections", streaming=True, autoplay=True, buttons=[], height=PLAYER_HEIGHT, elem_id="processed"
             )
             progress = gr.HTML(elem_id="progress")
@@ -1198,7 +1202,7 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 864
     stream = {
         "fn": stream_to_page,
         "inputs": [*settings, gr.Number(0, visible=False, label="Playhead (s)")],
-        "outputs": [processed, status, table, plot, files, progress, start_button, stop_button],
+        "outputs": [player, status, table, plot, files, progress, start_button, stop_button],
         "trigger_mode": "multiple",  # a new run replaces the one before
         "concurrency_limit": None,  # runs have a queue of their own
         "show_progress": "hidden",

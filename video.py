@@ -343,7 +343,7 @@ class ChunkWriter(contextlib.AbstractContextManager):
         options = {"preset": "ultrafast", "crf": "24", "threads": str(HELPER_THREADS)}
         options |= {"colorspace": "bt470bg", "color_range": "tv", "color_primaries": "bt709", "color_trc": "bt709"}
         self._video = container.add_stream("libx264", fps, options, width=size[0], height=size[1], pix_fmt="yuv420p")
-        self._layout = layout = AUDIO_LAYOUTS[audio_channels]
+        layout = AUDIO_LAYOUTS[audio_channels]
         self._audio = container.add_stream("flac", AUDIO_RATE, layout=layout, format="s16") if layout else None
 
     def write(self, image: np.ndarray) -> None:
@@ -355,7 +355,7 @@ class ChunkWriter(contextlib.AbstractContextManager):
 
     def write_audio(self, samples: np.ndarray) -> None:
         """Adds sound, int16 (samples, channels) at `AUDIO_RATE`."""
-        sound = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="s16", layout=self._layout)
+        sound = av.AudioFrame.from_ndarray(samples.reshape(1, -1), format="s16", layout=self._audio.layout)
         sound.rate, sound.pts = AUDIO_RATE, self._samples
         self._samples += len(samples)
         self._container.mux(self._audio.encode(sound))

@@ -179,7 +179,7 @@ def test_stop_in_mid_chunk_answers_at_once_and_keeps_the_chunks_before(video, sl
         contextlib.closing(app.follow(current, video, 0.3, [], app.HALF)) as values,
     ):
         for value in values:
-            if app.processed in value:
+            if app.player in value:
                 current.is_stopped, stopped_at = True, time.monotonic()
             if "Stopped" in value.get(app.status, ""):
                 assert time.monotonic() - stopped_at < 0.5

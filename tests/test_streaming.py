@@ -72,7 +72,7 @@ def test_a_stream_that_begins_in_mid_video_equals_the_rest_of_a_whole_one(tmp_pa
     found = [frame for update in rest for frame in update.frames]
     assert [frame.source_index for frame in found] == [frame.source_index for frame in expected]
     for one, other in zip(found, expected, strict=True):
-        sure = [app.select(frame.detections, 0.5, ()) for frame in (one, other)]
+        sure = [app.select_detections(frame.detections, 0.5, ()) for frame in (one, other)]
         np.testing.assert_allclose(*sure, atol=0.001)
 
 
@@ -149,7 +149,7 @@ def test_boxes_are_drawn_where_the_rendered_shapes_are(tmp_path):
     outlined = at_a_shape = total = 0
     for picture, frame in zip(pictures[::5], frames[::5], strict=True):
         true_boxes = shapes.example_truth(EXAMPLE.stem, frame.source_index)[0]
-        for *box, _, number in app.select(frame.detections, 0.5, ()):
+        for *box, _, number in app.select_detections(frame.detections, 0.5, ()):
             total += 1
             box = np.array(box) * (frame.source_size * 2)
             outlined += outline_is_near(picture, box / 2, label_color(app.DETECTOR.id2label[int(number)]))
@@ -199,7 +199,7 @@ def test_only_boxes_of_the_chosen_classes_are_drawn(tmp_path):
         assert changed.any()
         for picture, frame in zip(changed, detections, strict=True):
             height, width = picture.shape
-            for x1, y1, x2, y2 in app.select(frame, 0.5, [label])[:, :4] * (width, height, width, height):
+            for x1, y1, x2, y2 in app.select_detections(frame, 0.5, [label])[:, :4] * (width, height, width, height):
                 picture[max(0, int(y1) - 30) : int(y2) + 30, max(0, int(x1) - 10) : int(x2) + 80] = False
         return changed.any()
 

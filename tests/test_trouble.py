@@ -24,7 +24,7 @@ def watch(video, conf_threshold=0.3):
     try:
         for values in app.stream_to_page(video, conf_threshold, [], app.HALF, "Every frame", True, -1, request):
             lines.append(values.get(app.status))
-            if isinstance(chunk := values.get(app.processed), str):
+            if isinstance(chunk := values.get(app.player), str):
                 pictures.extend(read_chunks([chunk]).pictures)
     except gr.Error as error:
         return pictures, [line for line in lines if isinstance(line, str)], error
