@@ -66,13 +66,7 @@ DEFAULT_CPU_MODEL_ID = "PekingU/rtdetr_r18vd_coco_o365"  # COCO AP 49.0 instead 
 EXAMPLES = Path(__file__).parent / "examples"
 SHIPPED_MODEL = EXAMPLES / "shapes-rtdetr"
 
-
-class Resolution(NamedTuple):
-    scale: Fraction  # width and height of the output relative to the source
-    source_frames: int  # per output frame
-
-
-RESOLUTIONS = {"Half (fast)": Resolution(Fraction(1, 2), 2), "Full": Resolution(Fraction(1), 1)}
+RESOLUTIONS = {"Half (fast)": 2, "Full": 1}  # divisors of the source's width, height and frame rate
 HALF = next(iter(RESOLUTIONS))
 CHUNK_SECONDS = 2  # of output, in each mp4 that is streamed
 MIN_SCORE = 0.05  # detections below this are neither cached, drawn nor reported
@@ -116,8 +110,8 @@ MAX_UPLOAD = "2gb"
 # ---------------------------------------------------------------------------------------------------------- model
 
 
-HAS_CUDA, HAS_MPS = torch.cuda.is_available(), torch.backends.mps.is_available()
-DEVICE = torch.device("cuda" if HAS_CUDA else "mps" if HAS_MPS else "cpu")
+HAS_CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if HAS_CUDA else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
 class Detector:
@@ -184,9 +178,7 @@ class Detector:
             outputs = self.model(pixel_values=pixels)
         outputs.logits, outputs.pred_boxes = outputs.logits.float().cpu(), outputs.pred_boxes.float().cpu()
         results = self.processor.post_process_object_detection(outputs, threshold=MIN_SCORE)
-        return [
-            torch.cat((r["boxes"], r["scores"][:, None], r["labels"][:, None].float()), dim=1).numpy() for r in results
-        ]
+        return [torch.column_stack((r["boxes"], r["scores"], r["labels"])).numpy() for r in results]
 
     def _preprocess(self, frames: list[np.ndarray]) -> torch.Tensor:
         """Resizes and rescales as the official processor does: BGR uint8 NHWC in, RGB float32 NCHW out.
@@ -235,8 +227,8 @@ def optimize_for_cpu(model: torch.nn.Module) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch's out-of-memory errors differ by device. All are RuntimeErrors that mention memory."""
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "memory" in str(error))
+    """The errors of PyTorch's devices, OpenCV and the system have different types, but all mention memory."""
+    return isinstance(error, MemoryError) or "memory" in str(error)
 
 
 def load_detector() -> tuple[Detector, str]:
@@ -302,7 +294,6 @@ class Batch(NamedTuple):
     """Consecutive frames of the output that are detected together: a chunk, or a part of one."""
 
     frames: list[Frame]
-    start: int  # output index of the first one
     is_end: bool  # of the video
     detections: Sequence[np.ndarray] = ()  # on each frame; this and the rest is added by `detect_batches`
     analysed: Sequence[bool] = ()  # whether the model found them, not interpolated, and not on a frame shown again
@@ -346,11 +337,11 @@ def stream_object_detection(
     began, cached = time.monotonic(), {} if cached is None else cached
     try:
         info = read_video_info(video)
-        scale, fps = RESOLUTIONS[resolution].scale, info.fps / RESOLUTIONS[resolution].source_frames
+        scale, fps = Fraction(1, RESOLUTIONS[resolution]), info.fps / RESOLUTIONS[resolution]
         chunk_frames = step * max(1, round(CHUNK_SECONDS * fps / step))
-        start, tracker = (after.output_frames, after.tracker) if after else (0, ObjectTracker(fps))
-        audio = AudioReader(info, start / fps) if info.audio_channels else None
-        batches = prefetch(read_batches(sample_frames(info, fps, scale, start), start, step, chunk_frames))
+        end, tracker = (after.output_frames, after.tracker) if after else (0, ObjectTracker(fps))
+        audio = AudioReader(info, end / fps) if info.audio_channels else None
+        batches = prefetch(read_batches(sample_frames(info, fps, scale, end), end, step, chunk_frames))
         detected = prefetch(detect_batches(batches, cached, step, began + budget_seconds - GPU_RESERVE_SECONDS))
         with contextlib.closing(detected):
             for first in detected:
@@ -360,7 +351,7 @@ def stream_object_detection(
                         found += draw_batch(batch, conf_threshold, classes, tracker, tracks)
                         for frame in batch.frames:
                             writer.write(frame.image)
-                        end = batch.start + len(batch.frames)
+                        end += len(batch.frames)
                         if audio:
                             writer.write_audio(audio.read_until(end / fps))
                         is_joined = batch.is_cached and end / fps <= join_seconds
@@ -378,15 +369,12 @@ def read_batches(frames: Iterable[Frame], start: int, step: int, chunk_frames: i
     A batch ends with an analysed frame, the last of `step` frames, so that boxes on all others can be interpolated.
     """
     batch: list[Frame] = []
-    is_full = False
-    for index, frame in enumerate(frames, start):
-        if is_full:
-            yield Batch(batch, index - len(batch), is_end=False)
-            batch = []
+    for (end, frame), following in itertools.pairwise(itertools.chain(enumerate(frames, start + 1), [None])):
         batch.append(frame)
         is_large = len(batch) >= step * DETECTOR.batch_frames or len(batch) * frame.image.nbytes > BATCH_BYTES
-        is_full = (index + 1) % chunk_frames == 0 or ((index + 1) % step == 0 and is_large)
-    yield Batch(batch, index + 1 - len(batch), is_end=True)
+        if following is None or end % chunk_frames == 0 or (end % step == 0 and is_large):
+            yield Batch(batch, is_end=following is None)
+            batch = []
 
 
 def detect_batches(
@@ -399,7 +387,7 @@ def detect_batches(
     find_cut, before, last_index = CutFinder(), None, -1
     with contextlib.closing(batches):
         for batch in batches:
-            to_analyse = [*batch.frames[(-batch.start - 1) % step :: step], batch.frames[-1]]
+            to_analyse = [*batch.frames[step - 1 :: step], batch.frames[-1]]
             to_analyse += batch.frames[:1] if before is None else []
             new = {frame.source_index: frame.image for frame in to_analyse if frame.source_index not in cached}
             if new and time.monotonic() > deadline:
@@ -408,7 +396,7 @@ def detect_batches(
                 cached.update(zip(new, DETECTOR([*new.values()]), strict=True))
             cuts = [find_cut(frame.image) for frame in batch.frames]
             found = [cached.get(frame.source_index) for frame in batch.frames]
-            detections = fill_gaps([before, *found], cuts)
+            detections = fill_gaps([found[0] if before is None else before, *found], cuts)
             is_new = np.diff([last_index, *(frame.source_index for frame in batch.frames)]) > 0
             analysed = is_new & [boxes is not None for boxes in found]
             yield batch._replace(detections=detections, analysed=analysed, cuts=cuts, is_cached=not new)
@@ -435,8 +423,7 @@ def draw_batch(
     for frame, detections, is_analysed, drawn in frames:
         draw(frame.image, drawn, tracker.trails(drawn) if tracks else None)
         if is_analysed:
-            source = frame.source_index, frame.pts_seconds, frame.source_size
-            found.append(FrameDetections(*source, detections, drawn))
+            found.append(FrameDetections(frame.source_index, frame.pts_seconds, frame.source_size, detections, drawn))
     return found
 
 
@@ -454,11 +441,6 @@ def draw(image: np.ndarray, objects: np.ndarray, trails: Sequence[np.ndarray] | 
 IDLE_THREADS: defaultdict[tuple[int, int], deque[ThreadPoolExecutor]] = defaultdict(deque)
 
 
-def set_niceness(niceness: int) -> None:
-    if sys.platform == "linux":  # elsewhere it would be the whole process
-        os.setpriority(os.PRIO_PROCESS, 0, niceness)
-
-
 def prefetch(items: Generator[T], heartbeat_seconds: float | None = None) -> Generator[T | None]:
     """Yields the same items, computing the next one in a thread while the caller uses the current one.
 
@@ -473,7 +455,9 @@ def prefetch(items: Generator[T], heartbeat_seconds: float | None = None) -> Gen
     try:
         thread = idle.pop()
     except IndexError:
-        thread = ThreadPoolExecutor(1, initializer=set_niceness, initargs=(niceness,))
+        thread = ThreadPoolExecutor(1)
+        if sys.platform == "linux":  # elsewhere, this would be the whole process
+            thread.submit(os.setpriority, os.PRIO_PROCESS, 0, niceness)
     context, end = contextvars.copy_context(), object()  # the context has the visitor's request, which ZeroGPU reads
     item = thread.submit(context.run, next, items, end)
     try:
@@ -564,7 +548,7 @@ class ObjectTracker:
         tracks = [] if is_cut else self._tracks
         predicted = np.array([track.predict() for track in tracks]).reshape(-1, 6)
         is_new = np.array([track.number == 0 for track in tracks], bool)
-        rows, columns = match(matching_costs(predicted, detections) + NEW_TRACK_COST * is_new[:, None])
+        rows, columns = match(predicted, detections, NEW_TRACK_COST * is_new[:, None])
         found = [Track(detection.astype(float)) for detection in detections]
         for row, column in zip(rows, columns, strict=True):
             track = found[column] = tracks[row]
@@ -585,21 +569,20 @@ class ObjectTracker:
         return [centres[(labels == label) & (numbers == number)] for label, number in objects[:, 5:]]
 
 
-def match(costs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs with the least total cost, each below `MAX_COST`: their rows and columns in `costs`, (N, M)."""
-    rows, columns = linear_sum_assignment(np.minimum(costs, 2 * MAX_COST))
-    is_pair = costs[rows, columns] < MAX_COST
-    return rows[is_pair], columns[is_pair]
+def match(some: np.ndarray, others: np.ndarray, penalties: np.ndarray | int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs of detections (N, 6) and (M, 6) with the least total cost, each below `MAX_COST`: their indices.
 
-
-def matching_costs(some: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Dissimilarity of detections (N, 6) and (M, 6), as (N, M): centre distance in box sizes, plus the absolute log
-    ratios of widths and heights. Infinite between classes."""
+    A pair costs its centre distance in box sizes, plus the absolute log ratios of widths and heights, plus its penalty.
+    Classes do not match.
+    """
     sizes, other_sizes = (np.maximum(found[:, 2:4] - found[:, :2], 1e-6) for found in (some, others))
     offsets = (some[:, :2] + some[:, 2:4])[:, None] / 2 - (others[:, :2] + others[:, 2:4]) / 2
     distances = np.linalg.norm(offsets / ((sizes[:, None] + other_sizes) / 2), axis=2)
     growth = np.abs(np.log(sizes[:, None] / other_sizes)).sum(axis=2)
-    return np.where(some[:, None, 5] == others[:, 5], distances + growth, np.inf)
+    costs = np.where(some[:, None, 5] == others[:, 5], distances + growth, np.inf) + penalties
+    rows, columns = linear_sum_assignment(np.minimum(costs, 2 * MAX_COST))
+    is_pair = costs[rows, columns] < MAX_COST
+    return rows[is_pair], columns[is_pair]
 
 
 # ------------------------------------------------------------------------------------------------- skipped frames
@@ -609,12 +592,10 @@ def fill_gaps(detections: list[np.ndarray | None], cuts: Sequence[bool]) -> list
     """Detections on all frames but the first, with interpolated ones on frames that have None.
 
     Args:
-        detections: (N, 6) on each frame, where it is analysed. The last one is.
+        detections: (N, 6) on each frame, where it is analysed. The first and the last one are.
         cuts: For each frame but the first, whether a shot begins with it. Nothing moves across a cut.
     """
     filled, analysed = [], [index for index, found in enumerate(detections) if found is not None]
-    if analysed[0]:  # the video's first frame has none before it
-        filled.append(detections[analysed[0]])
     for first, last in itertools.pairwise(analysed):
         before, after = detections[first], detections[last]
         shots = first + 1 + np.flatnonzero(cuts[first:last])  # where they begin
@@ -633,7 +614,7 @@ def interpolate(before: np.ndarray, after: np.ndarray, fraction: float) -> np.nd
     Matched boxes move linearly. Unmatched boxes stay in place: the earlier ones fade out before the middle of the gap,
     the later ones fade in after it. A low-scoring flicker therefore disappears quickly.
     """
-    rows, columns = match(matching_costs(before, after))
+    rows, columns = match(before, after)
     moved = (1 - fraction) * before[rows] + fraction * after[columns]
     alone = np.delete(before, rows, axis=0) if fraction < 0.5 else np.delete(after, columns, axis=0)
     faded = alone * (1, 1, 1, 1, abs(1 - 2 * fraction), 1)
@@ -660,7 +641,7 @@ def step_to_keep_up(video: str, modified: float, resolution: str) -> int:
 
     Decided once per video, so that later runs find the same frames in the cache. The runs in progress share the model.
     """
-    fps = read_video_info(video).fps / RESOLUTIONS[resolution].source_frames
+    fps = read_video_info(video).fps / RESOLUTIONS[resolution]
     runs = max(1, min(len(QUEUE), CONCURRENT_RUNS))
     needed = math.ceil(DETECTOR.seconds_per_frame * runs * fps / KEEP_UP_SHARE)
     return max(1, min(needed, int(MAX_GAP_SECONDS * fps)))
@@ -684,8 +665,7 @@ class Report:
         tracks: bool = True,
     ):
         self.info, self.conf_threshold, self.classes = read_video_info(video), conf_threshold, list(classes or ())
-        self.resolution, self.tracks = resolution, tracks
-        self.fps = self.info.fps / RESOLUTIONS[resolution].source_frames
+        self.resolution, self.fps, self.tracks = resolution, self.info.fps / RESOLUTIONS[resolution], tracks
         file = (video, os.path.getmtime(video), resolution)
         self.cached, self.step = cached_detections(*file), step_to_keep_up(*file) if analysed == KEEP_UP else 1
         self.chunks: list[str] = []
@@ -733,7 +713,7 @@ class Report:
             if done:
                 status += f", {elapsed / done * (needed - done):.0f} s left"
         if self.step > 1:
-            suffix = "th" if self.step in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(self.step % 10, "th")
+            suffix = "th" if self.step % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(self.step % 10, "th")
             status += f" · analysing every {self.step}{suffix} frame"
         return f"{status} · {speed:.1f}× real time · {DETECTOR.name} on {DEVICE.type}"
 
@@ -750,7 +730,7 @@ class Report:
 
     def first_frame(self) -> str:
         """The first frame with its boxes, as an HTML image."""
-        frame = next(sample_frames(self.info, self.fps, RESOLUTIONS[self.resolution].scale))
+        frame = next(sample_frames(self.info, self.fps, Fraction(1, RESOLUTIONS[self.resolution])))
         selected = select_detections(self.cached[frame.source_index], self.conf_threshold, self.classes)
         draw(frame.image, np.column_stack((selected, np.zeros(len(selected)))), None)
         jpeg = base64.b64encode(cv2.imencode(".jpg", frame.image)[1]).decode()
@@ -774,17 +754,15 @@ class Report:
     def results(self) -> Iterator[dict[gr.Component, object]]:
         """New values for the page's table and plot."""
         found, duration_seconds = self.believed(), self.info.duration_seconds
-        at_once = found.groupby(["frame", "time_seconds", "label"]).size().rename("count").reset_index()
-        rows = found.groupby("label").agg(
-            objects=("track", "nunique"), first=("time_seconds", "min"), last=("time_seconds", "max")
-        )
-        rows.insert(1, "most", at_once.groupby("label")["count"].max())
-        rows = rows.rename_axis("class").reset_index().round(1).set_axis(TABLE_HEADERS, axis=1)
+        found = found.assign(count=found.groupby(["frame", "label"])["track"].transform("size"))
+        classes, seconds = found.groupby("label"), found.groupby("label")["time_seconds"]
+        rows = pd.concat([classes["track"].nunique(), classes["count"].max(), seconds.min(), seconds.max()], axis=1)
+        rows = rows.round(1).reset_index().set_axis(TABLE_HEADERS, axis=1)
         yield {table: rows.sort_values(["Objects", "Class"], ascending=[False, True])}
         seconds_per_point = max(1, math.ceil(duration_seconds / 200))
-        at_once["second"] = at_once["time_seconds"] // seconds_per_point * seconds_per_point
+        found["second"] = found["time_seconds"] // seconds_per_point * seconds_per_point
         points = range(0, int(self.seconds - 1 / self.fps) + 1, seconds_per_point)
-        counts = at_once.pivot_table("count", "second", "label", "max").reindex(points).fillna(0).astype(int)
+        counts = found.pivot_table("count", "second", "label", "max").reindex(points).fillna(0).astype(int)
         counts = counts.rename_axis("second").reset_index().melt("second", var_name="class", value_name="count")
         yield {
             plot: gr.update(
@@ -840,9 +818,9 @@ def new_run(session: object) -> Iterator[Run]:
     """Queues a run, stops the session's previous one, and waits until that one has sent its last output."""
     run = Run(session)
     with QUEUE_LOCK:
-        if len(QUEUE) >= MAX_RUNS:
-            raise gr.Error("Too many people are using this app. Try again in a few minutes.", title="Busy")
         previous = [other for other in QUEUE if other.session == session]
+        if len(QUEUE) - len(previous) >= MAX_RUNS:
+            raise gr.Error("Too many people are using this app. Try again in a few minutes.", title="Busy")
         QUEUE.append(run)
     try:
         for other in previous:
@@ -1169,8 +1147,7 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 864
                     list(DETECTOR.id2label.values()), multiselect=True, label="Classes",
                     info="Leave empty to show everything.",
                 )  # fmt: skip
-                names = ("Faster (half size, every 2nd frame)", "Full quality")
-                choices = list(zip(names, RESOLUTIONS, strict=True))
+                choices = [("Faster (half size, every 2nd frame)", "Half (fast)"), ("Full quality", "Full")]
                 resolution = gr.Radio(choices, value=HALF, label="Size and frame rate")
                 analysed = gr.Radio([KEEP_UP, EVERY_FRAME], value=KEEP_UP, label="Frames analysed")
                 tracks = gr.Checkbox(True, label="Tracks", info="Show object numbers and trails.")

@@ -6,7 +6,6 @@ It is independent of the model and the page. Uploads are untrusted: only known c
 import contextlib
 import ctypes
 import itertools
-import math
 import os
 import re
 import subprocess
@@ -47,16 +46,7 @@ if Path("/proc/self/maps").exists():  # Linux; PyAV and OpenCV each bring their 
         ctypes.CDLL(library).av_max_alloc(ctypes.c_size_t(FFMPEG_MAX_ALLOCATION))
 
 
-def _cpu_count() -> int:
-    """The cores that this process may use, by its affinity and its container's quota; at most 16."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max": no quota
-        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        count = min(count, math.ceil(quota / period))
-    return min(count, 16)
-
-
-CPU_COUNT = _cpu_count()
+CPU_COUNT = min(cv2.getNumberOfCPUs(), 16)  # OpenCV knows the process's affinity and its container's quota
 # OpenCV and x264 take half of the cores each, so that decoding, detecting and encoding do not compete for them.
 HELPER_THREADS = max(1, CPU_COUNT // 2)
 cv2.setNumThreads(HELPER_THREADS)
@@ -126,7 +116,7 @@ def _read_packets(path: str, modified: float) -> VideoInfo:
         return VideoInfo(
             path=path,
             track=stream.index,
-            audio_channels=min(max(1, audio.channels), 2) if audio else 0,
+            audio_channels=min(max(1, audio.channels), 2) if audio and audio.codec_context else 0,
             fps=fps,
             frame_seconds=float(1 / fps),
             pts_seconds=(ticks - ticks[0]) * float(time_base),
@@ -179,7 +169,7 @@ class Frame(NamedTuple):
     image: np.ndarray
     source_size: tuple[int, int]  # width and height in the source, in pixels, upright
     source_index: int  # number of the frame in the source, from 0
-    pts_seconds: float  # from the first frame of the source, as decoded; always rising
+    pts_seconds: float  # from the first frame of the source, never before the last one's
 
 
 def sample_frames(video: VideoInfo, output_fps: Fraction, scale: Fraction, start: int = 0) -> Iterator[Frame]:
@@ -196,23 +186,23 @@ def sample_frames(video: VideoInfo, output_fps: Fraction, scale: Fraction, start
     tolerance = video.frame_seconds / 2  # rounded timestamps (WebM has whole milliseconds) must not pick a neighbour
     # Where in the output, counted in its frames, each frame of the source appears.
     places = (np.append(video.pts_seconds, np.inf) - tolerance) * float(output_fps)
-    index, first_source_index, shown, image, size = start, 0, None, None, None
+    index, start_seconds, shown, image, size = start, 0.0, None, None, None
     if start:
-        first_source_index = int(places.searchsorted(start, "right")) - 1
+        start_seconds = float(video.pts_seconds[places.searchsorted(start, "right") - 1])
         size = next(sample_frames(video, output_fps, scale)).image.shape[1::-1]
-    grabbed = _grab_frames(video, float(video.pts_seconds[first_source_index]))
-    for source_index, (pts_seconds, is_sideways, retrieve) in enumerate(grabbed, first_source_index):
+    for pts_seconds, is_sideways, retrieve in _grab_frames(video, start_seconds):
         while shown and index < (pts_seconds - tolerance) * output_fps:
             yield shown._replace(image=cv2.resize(image, size))  # bilinear: at half size, the mean of four pixels
             index += 1
-        if places[video.pts_seconds.searchsorted(pts_seconds + 1e-4, "right")] <= index:
+        following = int(video.pts_seconds.searchsorted(pts_seconds + 1e-4, "right"))  # number of the next frame
+        if places[following] <= index:
             continue  # the next frame will have replaced it by then
         _, image = retrieve(image)  # into the same memory
         if size is None:  # some recordings change theirs: the first one is kept
             stretch = (1, video.pixel_aspect) if is_sideways else (video.pixel_aspect, 1)
             sides = np.multiply(image.shape[1::-1], stretch) * scale
             size = [max(2, 2 * round(side / 2)) for side in sides]  # even, as H.264's 4:2:0 needs them
-        shown = Frame(image, image.shape[1::-1], source_index, max(0.0, pts_seconds))
+        shown = Frame(image, image.shape[1::-1], following - 1, max(0.0, pts_seconds))
     if shown is None:
         raise VideoError("No frame of this video can be decoded.")
     is_cut_off = pts_seconds < video.pts_seconds[-1] - 1.5 * video.frame_seconds

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 import app
-import video
 
 ROOT = Path(__file__).parents[1]
 START = "import time, app; print(app.DETECTOR.name, app.DETECTOR.id2label[0], app.MODEL_NOTE, sep='|')"
@@ -113,9 +112,9 @@ def test_an_error_at_exit_does_not_abort_the_interpreter(tmp_path):
     assert "terminate called" not in result.stderr
 
 
-def test_without_a_quota_or_with_one_the_cores_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
-    monkeypatch.setattr(Path, "read_text", lambda _: "max 100000\n")
-    assert video._cpu_count() == 16, "there is a cap"
-    monkeypatch.setattr(Path, "read_text", lambda _: "250000 100000\n")
-    assert video._cpu_count() == 3
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux and Windows restrict cores")
+@pytest.mark.parametrize(("code", "cores"), [("os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})", 1),
+                                             ("cv2.getNumberOfCPUs = lambda: 64", 16)])  # fmt: skip
+def test_only_the_cores_of_this_process_are_used_and_at_most_16(code, cores, tmp_path):
+    result = start(tmp_path, code=f"import cv2, os; {code}; import video; print(video.CPU_COUNT)")
+    assert result.stdout.strip() == str(cores)

@@ -6,6 +6,7 @@ import tempfile
 import threading
 import time
 from contextlib import closing
+from fractions import Fraction
 
 import gradio as gr
 import numpy as np
@@ -87,7 +88,7 @@ def test_small_batches_make_the_same_chunks(numbered, small_batches, tmp_path, m
 
 def batches_of(video, start=0):
     info = app.read_video_info(video)
-    frames = app.sample_frames(info, info.fps / 2, app.RESOLUTIONS[app.HALF].scale, start)
+    frames = app.sample_frames(info, info.fps / 2, Fraction(1, 2), start)
     return list(app.read_batches(frames, start, step=1, chunk_frames=30))
 
 

@@ -1,9 +1,12 @@
 """What goes wrong on a server: a sentence for the visitor, a traceback in the log, and the next one is served."""
 
 import contextlib
+import errno
+import os
 import resource
 from types import SimpleNamespace
 
+import cv2
 import gradio as gr
 import numpy as np
 import pytest
@@ -36,6 +39,7 @@ OUT_OF_MEMORY = [
     RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
     RuntimeError("MPS backend out of memory (MPS allocated: 17.0 GB, other allocations: 1.1 GB)"),
 ]
+NO_MEMORY_IN_OPENCV = cv2.error("OpenCV(5.0.0) alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate ...")
 
 
 def with_memory_for(frames, forward, error=OUT_OF_MEMORY[0]):
@@ -67,6 +71,11 @@ def test_without_any_memory_there_is_a_sentence_and_the_next_visitor_is_served(v
     assert len(watch(video)[0]) == 41
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), NO_MEMORY_IN_OPENCV])
+def test_without_memory_elsewhere_the_sentence_is_the_same(error):
+    assert app.user_facing_error(error).title == "Out of memory"
+
+
 def test_what_was_made_before_something_failed_is_not_lost(video, monkeypatch, caplog):
     detect, calls = app.DETECTOR._forward_pass, []
 
@@ -81,7 +90,7 @@ def test_what_was_made_before_something_failed_is_not_lost(video, monkeypatch, c
     assert len(pictures) == 30
     assert lines[-1] == error.message
     assert error.message.startswith("Something went wrong on the server; its log has the details.")
-    assert error.message.endswith("The first 2 seconds are complete. Run again resumes from there.")
+    assert error.message.endswith("The first 2 seconds are complete. Press “Run again” to resume from there.")
     assert "RuntimeError: cannot read" in caplog.text, "the log has the traceback"
 
 

@@ -373,6 +373,26 @@ def test_a_file_that_is_damaged_in_the_middle_plays_to_its_end(tmp_path):
     assert read_number(output.pictures[-1]) == 298
 
 
+@pytest.mark.parametrize("start", [0, 120])
+def test_frames_after_a_damaged_part_keep_their_numbers(start, tmp_path):
+    path = Kind("damaged", frames=300, video=(*X264, "-g", 30, "-bf", 0), audio=NO_AUDIO).make(tmp_path)
+    data = bytearray(path.read_bytes())
+    span = slice(len(data) * 45 // 100, len(data) // 2)
+    data[span] = np.random.default_rng(1).bytes(span.stop - span.start)
+    path.write_bytes(data)
+    info = video.read_video_info(path)
+    last = list(video.sample_frames(info, info.fps / 2, F(1, 2), start))[-5:]
+    assert [frame.source_index for frame in last] == [read_number(frame.image) for frame in last]
+
+
+def test_a_video_whose_sound_cannot_be_decoded_plays_silently(tmp_path):
+    path = Kind("unknown", "mkv").make(tmp_path)
+    path.write_bytes(path.read_bytes().replace(b"A_AAC", b"A_XYZ"))
+    output = play(path)
+    assert numbers(output) == list(range(0, 95, 2))
+    assert not output.audio.any()
+
+
 def make_text(path: Path) -> None:
     path.write_text("this is not a video\n" * 50)
 

@@ -196,6 +196,16 @@ def test_a_full_queue_gets_a_sentence(video, monkeypatch):
     assert not app.QUEUE
 
 
+def test_in_a_full_queue_a_session_may_replace_its_own_run(video, monkeypatch):
+    monkeypatch.setattr(app, "MAX_RUNS", 1)
+    with app.new_run("a"):
+        with pytest.raises(gr.Error), app.new_run("b"):
+            pass
+        app.QUEUE[0].has_ended.set()
+        with app.new_run("a") as run:
+            assert run in app.QUEUE
+
+
 def test_of_two_runs_that_start_in_the_same_moment_the_second_one_stays(video):
     first, second = [], []
     with ThreadPoolExecutor() as pool:
