@@ -214,8 +214,10 @@ def killed_worker(video: str, platform: Platform) -> dict:
 
 
 def visitor_who_leaves(video: str, platform: Platform) -> dict:
+    long_video = str(Kind("long", frames=1500).make(FOLDER))
+
     def leave_after_a_chunk() -> float:
-        updates = app.prefetch(app.stream_to_folder(new_report(video)), app.HEARTBEAT_SECONDS)
+        updates = app.prefetch(app.stream_to_folder(new_report(long_video)), app.HEARTBEAT_SECONDS)
         while not next(updates):
             pass
         began = time.monotonic()
