@@ -14,6 +14,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import contextvars
+import errno
 import itertools
 import json
 import logging
@@ -227,8 +228,10 @@ def optimize_for_cpu(model: torch.nn.Module) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """The errors of PyTorch's devices, OpenCV and the system have different types, but all mention memory."""
-    return isinstance(error, MemoryError) or "memory" in str(error)
+    """PyTorch raises RuntimeErrors that mention memory, whatever the device. OpenCV and the system have their own."""
+    if isinstance(error, OSError):  # its message may have a file's name
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or (isinstance(error, (RuntimeError, cv2.error)) and "memory" in str(error))
 
 
 def load_detector() -> tuple[Detector, str]:
@@ -755,7 +758,8 @@ class Report:
         """New values for the page's table and plot."""
         found, duration_seconds = self.believed(), self.info.duration_seconds
         found = found.assign(count=found.groupby(["frame", "label"])["track"].transform("size"))
-        classes, seconds = found.groupby("label"), found.groupby("label")["time_seconds"]
+        classes = found.groupby("label")
+        seconds = classes["time_seconds"]
         rows = pd.concat([classes["track"].nunique(), classes["count"].max(), seconds.min(), seconds.max()], axis=1)
         rows = rows.round(1).reset_index().set_axis(TABLE_HEADERS, axis=1)
         yield {table: rows.sort_values(["Objects", "Class"], ascending=[False, True])}
@@ -1147,7 +1151,8 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 864
                     list(DETECTOR.id2label.values()), multiselect=True, label="Classes",
                     info="Leave empty to show everything.",
                 )  # fmt: skip
-                choices = [("Faster (half size, every 2nd frame)", "Half (fast)"), ("Full quality", "Full")]
+                names = ("Faster (half size, every 2nd frame)", "Full quality")
+                choices = list(zip(names, RESOLUTIONS, strict=True))
                 resolution = gr.Radio(choices, value=HALF, label="Size and frame rate")
                 analysed = gr.Radio([KEEP_UP, EVERY_FRAME], value=KEEP_UP, label="Frames analysed")
                 tracks = gr.Checkbox(True, label="Tracks", info="Show object numbers and trails.")

@@ -109,10 +109,11 @@ def _read_packets(path: str, modified: float) -> VideoInfo:
         duration_seconds = end_seconds - start_seconds + float(max(held_ticks * time_base, 1 / fps))
         if duration_seconds > MAX_HOURS * 3600:
             raise VideoError(f"This video is longer than {MAX_HOURS} hours.")
-        header_seconds, audio = float((stream.duration or 0) * time_base), container.streams.best("audio")
+        header_seconds = float((stream.duration or 0) * time_base)
         with contextlib.suppress(KeyError, ValueError):  # Matroska has the end of a track as a tag: 00:00:07.300
             hours, minutes, seconds = map(float, stream.metadata["DURATION"].split(":"))
             header_seconds = hours * 3600 + minutes * 60 + seconds - start_seconds
+        audio = container.streams.best("audio")
         return VideoInfo(
             path=path,
             track=stream.index,

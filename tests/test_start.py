@@ -112,9 +112,19 @@ def test_an_error_at_exit_does_not_abort_the_interpreter(tmp_path):
     assert "terminate called" not in result.stderr
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux and Windows restrict cores")
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Python cannot restrict the cores here")
 @pytest.mark.parametrize(("code", "cores"), [("os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})", 1),
                                              ("cv2.getNumberOfCPUs = lambda: 64", 16)])  # fmt: skip
 def test_only_the_cores_of_this_process_are_used_and_at_most_16(code, cores, tmp_path):
     result = start(tmp_path, code=f"import cv2, os; {code}; import video; print(video.CPU_COUNT)")
     assert result.stdout.strip() == str(cores)
+
+
+def test_a_quota_of_one_core_is_one_core(tmp_path):
+    mount = "mount -t tmpfs none /sys/fs/cgroup && echo 100000 100000 > /sys/fs/cgroup/cpu.max"
+    inside = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if not shutil.which("unshare") or subprocess.run([*inside, mount], check=False).returncode:
+        pytest.skip("no namespaces here")
+    command = f"{mount} && {sys.executable} -c 'import video; print(video.CPU_COUNT)'"
+    result = subprocess.run([*inside, command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "1"

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import resource
+import subprocess
 from types import SimpleNamespace
 
 import cv2
@@ -74,6 +75,12 @@ def test_without_any_memory_there_is_a_sentence_and_the_next_visitor_is_served(v
 @pytest.mark.parametrize("error", [OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), NO_MEMORY_IN_OPENCV])
 def test_without_memory_elsewhere_the_sentence_is_the_same(error):
     assert app.user_facing_error(error).title == "Out of memory"
+
+
+def test_a_file_with_memory_in_its_name_is_not_out_of_memory():
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "memory.mp4")
+    failed = subprocess.CalledProcessError(1, ["ffmpeg", "memory.mp4"])
+    assert {app.user_facing_error(error).title for error in (full, failed)} == {"Disk full"}
 
 
 def test_what_was_made_before_something_failed_is_not_lost(video, monkeypatch, caplog):
