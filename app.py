@@ -808,40 +808,40 @@ class Run:
     """A session's run, from queueing to its end."""
 
     session: object
+    sending: threading.Lock  # held while Gradio sends an output; the session's next run shares it, and waits
     is_stopped: bool = False
-    is_replaced: bool = False
-    has_ended: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def is_replaced(self) -> bool:
+        return QUEUE.get(self.session) is not self
 
 
-QUEUE: list[Run] = []  # all runs in the order of their arrival; the first `CONCURRENT_RUNS` are in progress
+QUEUE: dict[object, Run] = {}  # by session, in the order of arrival; the first `CONCURRENT_RUNS` are in progress
 QUEUE_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
 def new_run(session: object) -> Iterator[Run]:
-    """Queues a run, stops the session's previous one, and waits until that one has sent its last output."""
-    run = Run(session)
+    """Queues a run. If the session has one already, that one is stopped, and the new one takes its place."""
     with QUEUE_LOCK:
-        previous = [other for other in QUEUE if other.session == session]
-        if len(QUEUE) - len(previous) >= MAX_RUNS:
+        previous = QUEUE.get(session)
+        if not previous and len(QUEUE) >= MAX_RUNS:
             raise gr.Error("Too many people are using this app. Try again in a few minutes.", title="Busy")
-        QUEUE.append(run)
+        run = QUEUE[session] = Run(session, previous.sending if previous else threading.Lock())
+        if previous:
+            previous.is_stopped = True
     try:
-        for other in previous:
-            other.is_stopped = other.is_replaced = True
-            other.has_ended.wait(timeout=2)
         yield run
     finally:
-        run.has_ended.set()
         with QUEUE_LOCK:
-            QUEUE.remove(run)
+            if not run.is_replaced:
+                del QUEUE[session]
 
 
 def stop_run(request: gr.Request) -> None:
     """Ends the session's run. Everything that it has streamed stays."""
-    with QUEUE_LOCK:
-        for run in QUEUE:
-            run.is_stopped |= run.session == request.session_hash
+    if run := QUEUE.get(request.session_hash):
+        run.is_stopped = True
 
 
 def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dict[gr.Component, object]]:
@@ -855,7 +855,7 @@ def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dic
         gr.Error: At the end, if something failed.
     """
     try:
-        while not run.is_stopped and (position := QUEUE.index(run) - CONCURRENT_RUNS + 1) > 0:
+        while not run.is_stopped and (position := list(QUEUE).index(run.session) - CONCURRENT_RUNS + 1) > 0:
             yield {status: f"Waiting in the queue: position {position}."}
             time.sleep(HEARTBEAT_SECONDS)
         yield {status: "Reading the video…"}
@@ -985,13 +985,16 @@ def stream_to_page(
     """
     with new_run(request.session_hash) as run:
         time.sleep(SETTLE_SECONDS)
-        if not run.is_replaced and video is None:
-            yield {status: WELCOME, files: None, **cleared(), **buttons(running=False)}
-        elif not run.is_replaced:
-            yield {files: None, **buttons(running=True), **(cleared() if playhead_seconds < 0 else {})}
+        first = {files: None, **buttons(running=video is not None), **(cleared() if playhead_seconds < 0 else {})}
+        updates = [{status: WELCOME}]
+        if video is not None:
             settings = (video, conf_threshold, classes, resolution, analysed, tracks)
             updates = follow(run, *settings, join_seconds=playhead_seconds)
-            yield from itertools.takewhile(lambda _: not run.is_replaced, updates)
+        for values in itertools.chain([first], updates):
+            with run.sending:
+                if run.is_replaced:
+                    break
+                yield values
     # When a run ends, Gradio sends its last output again, perhaps after the next run's first one, so it must change
     # nothing. If a run yielded nothing at all, Gradio would empty all components.
     yield {status: gr.skip()}
