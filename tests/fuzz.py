@@ -240,18 +240,24 @@ class Checker:
             self._process = None
 
 
-def run(count: int, seed: int, keep: Path) -> dict[str, Outcome]:
-    """Checks `count` damaged videos, and copies those that fail into `keep`."""
-    outcomes = {}
+@contextlib.contextmanager
+def new_checker() -> Iterator[Checker]:
     with tempfile.TemporaryDirectory() as folder:
         sound = Path(folder) / "sound.mp4"
         ffmpeg("-f", "lavfi", "-i", "testsrc2=s=64x48:r=10:d=0.8", "-c:v", "libx264", "-pix_fmt", "yuv420p", sound)
         with contextlib.closing(Checker(sound)) as checker:
-            for path in damaged_files(count, seed, Path(folder)):
-                outcomes[path.name] = outcome = checker.check(path)
-                if outcome.failure:
-                    keep.mkdir(parents=True, exist_ok=True)
-                    (keep / path.name).write_bytes(path.read_bytes())
+            yield checker
+
+
+def run(checker: Checker, count: int, seed: int, keep: Path) -> dict[str, Outcome]:
+    """Checks `count` damaged videos, and copies those that fail into `keep`."""
+    outcomes = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for path in damaged_files(count, seed, Path(folder)):
+            outcomes[path.name] = outcome = checker.check(path)
+            if outcome.failure:
+                keep.mkdir(parents=True, exist_ok=True)
+                (keep / path.name).write_bytes(path.read_bytes())
     return outcomes
 
 
@@ -277,7 +283,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, default=Path("fuzz-failures"), help="folder for the files that fail")
     options = parser.parse_args()
-    outcomes = run(options.files, options.seed, options.keep)
+    with new_checker() as checker:
+        outcomes = run(checker, options.files, options.seed, options.keep)
     print(summary(outcomes))
     raise SystemExit(any(outcome.failure for outcome in outcomes.values()))
 

@@ -427,11 +427,10 @@ BOMBS = {
 
 
 @pytest.fixture(scope="module")
-def checker(tmp_path_factory) -> Iterator[fuzz.Checker]:
+def checker() -> Iterator[fuzz.Checker]:
     """A process that may be bombed."""
-    checker = fuzz.Checker(Kind("sound", frames=10).make(tmp_path_factory.mktemp("sound")))
-    yield checker
-    checker.close()
+    with fuzz.new_checker() as checker:
+        yield checker
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -440,3 +439,9 @@ def test_a_header_that_claims_absurd_sizes_or_times_costs_little(name, checker, 
     path.write_bytes(BOMBS[name](tmp_path))
     outcome = checker.check(path)
     assert not outcome.failure, f"{outcome.failure}; {outcome.seconds:.1f} s, {outcome.memory_bytes >> 20} MB"
+
+
+def test_damaged_videos_end_in_chunks_or_in_a_sentence(checker, tmp_path):
+    outcomes = fuzz.run(checker, 100, seed=0, keep=tmp_path / "failures")
+    assert not any(outcome.failure for outcome in outcomes.values()), fuzz.summary(outcomes)
+    assert sum(outcome.chunks > 0 for outcome in outcomes.values()) > 30, fuzz.summary(outcomes)

@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
 
 import app
 
@@ -16,19 +18,17 @@ ROOT = Path(__file__).parents[1]
 START = "import time, app; print(app.DETECTOR.name, app.DETECTOR.id2label[0], app.MODEL_NOTE, sep='|')"
 
 
-def start(tmp_path, code=START, **env):
-    """Import the app in a fresh process that has an empty Hub cache and no network to speak of."""
-    clean = {key: value for key, value in os.environ.items() if key not in ("MODEL_ID", "HF_HUB_OFFLINE")}
-    # A port on which nothing listens refuses at once, as a machine without a network does.
-    clean |= {"HF_HOME": str(tmp_path / "hub"), "HF_ENDPOINT": "http://127.0.0.1:9", **env}
+def start(code, **env):
+    """Run a program in a fresh process."""
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=120
     )
 
 
-def test_without_a_network_the_shipped_detector_starts_and_says_so(tmp_path):
+def test_without_a_network_the_shipped_detector_starts_and_says_so():
     begun = time.monotonic()
-    result = start(tmp_path)
+    code = "import app; print(app.DETECTOR.name, app.DETECTOR.id2label[0], app.MODEL_NOTE, sep='|')"
+    result = start(code, MODEL_ID="")
     assert result.returncode == 0, result.stderr
     source, first_label, note = result.stdout.strip().splitlines()[-1].split("|")
     assert source == app.SHIPPED_MODEL.name
@@ -40,30 +40,56 @@ def test_without_a_network_the_shipped_detector_starts_and_says_so(tmp_path):
     assert time.monotonic() - begun < 60
 
 
-def test_a_local_folder_is_loaded_and_has_no_note(tmp_path):
-    result = start(tmp_path, MODEL_ID=str(app.SHIPPED_MODEL))
-    assert result.stdout.strip().splitlines()[-1] == f"{app.SHIPPED_MODEL.name}|circle|"
+def test_a_local_folder_is_loaded_and_has_no_note(monkeypatch):
+    monkeypatch.setenv("MODEL_ID", str(app.SHIPPED_MODEL))
+    detector, note = app.load_detector()
+    assert (detector.name, detector.id2label[0], note) == (app.SHIPPED_MODEL.name, "circle", "")
 
 
-def test_a_model_id_that_cannot_be_loaded_is_an_error_with_a_sentence(tmp_path):
-    result = start(tmp_path, MODEL_ID="nobody/no-such-model")
-    assert result.returncode == 1
-    assert "The model 'nobody/no-such-model' in MODEL_ID is unavailable" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_a_model_id_that_cannot_be_loaded_is_an_error_with_a_sentence(monkeypatch):
+    monkeypatch.setenv("MODEL_ID", "nobody/no-such-model")
+    with pytest.raises(SystemExit, match=r"^The model 'nobody/no-such-model' in MODEL_ID is unavailable: .*\.$"):
+        app.load_detector()
 
 
-def test_a_model_that_is_no_rt_detr_is_an_error_with_a_sentence(tmp_path):
-    folder = tmp_path / "bert"
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    result = start(tmp_path, MODEL_ID=str(folder))
-    assert result.returncode == 1
-    assert "'bert' model, not an RT-DETR detector" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_a_model_that_is_no_rt_detr_is_an_error_with_a_sentence(monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    monkeypatch.setenv("MODEL_ID", str(tmp_path))
+    with pytest.raises(SystemExit, match=r"cannot be used: it is a 'bert' model, not an RT-DETR detector$"):
+        app.load_detector()
+
+
+@pytest.fixture
+def cached_default(monkeypatch):
+    """The default checkpoint for CPUs in the Hub's cache, as far as its files go: they are the shipped detector's."""
+    monkeypatch.setenv("MODEL_ID", "")
+    folder = Path(HF_HUB_CACHE, repo_folder_name(repo_id=app.DEFAULT_CPU_MODEL_ID, repo_type="model"))
+    shutil.copytree(app.SHIPPED_MODEL, folder / "snapshots" / "0123")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0123")
+    yield folder / "snapshots" / "0123"
+    shutil.rmtree(folder)
+
+
+def test_without_a_network_the_default_checkpoint_comes_from_the_cache(cached_default):
+    detector, note = app.load_detector()
+    assert (detector.name, note) == (app.DEFAULT_CPU_MODEL_ID, "")
+
+
+def test_a_default_checkpoint_that_is_cached_but_broken_is_not_replaced(cached_default):
+    (cached_default / "config.json").write_text("{")
+    with pytest.raises(SystemExit, match=f"^The model '{app.DEFAULT_CPU_MODEL_ID}' cannot be used: "):
+        app.load_detector()
+
+
+def test_a_bug_does_not_look_like_a_missing_network(cached_default, monkeypatch):
+    monkeypatch.setattr(app.AutoConfig, "from_pretrained", lambda *_, **__: {}["broken"])
+    with pytest.raises(KeyError):
+        app.load_detector()
 
 
 def test_without_ffmpeg_the_app_says_what_is_missing(tmp_path):
-    result = start(tmp_path, MODEL_ID=str(app.SHIPPED_MODEL), PATH=str(tmp_path))
+    result = start("import app", PATH=str(tmp_path))
     assert result.returncode == 1
     assert "This app requires ffmpeg and ffprobe" in result.stderr
     assert "Traceback" not in result.stderr
@@ -95,19 +121,11 @@ def test_an_unsupported_image_processor_is_an_error_with_the_settings_name(setti
         app.Detector(folder, "changed")
 
 
-def test_a_bug_does_not_look_like_a_missing_network(tmp_path):
-    """A default checkpoint that is cached but breaks must not be replaced by the shipped detector."""
-    break_it = "import transformers; transformers.AutoConfig.from_pretrained = lambda *_, **__: {}['broken']; "
-    result = start(tmp_path, code=break_it + START)
-    assert result.returncode == 1
-    assert "KeyError: 'broken'" in result.stderr
-
-
 def test_an_error_at_exit_does_not_abort_the_interpreter(tmp_path):
     """A run is in progress in threads when the main thread ends with an error."""
     path = app.EXAMPLES / "bouncing-shapes.mp4"
     code = f"import app; updates = app.stream_object_detection({str(path)!r}, 0.3); next(updates); raise SystemExit(3)"
-    result = start(tmp_path, MODEL_ID=str(app.SHIPPED_MODEL), TMPDIR=str(tmp_path), code=code)
+    result = start(code, TMPDIR=str(tmp_path))
     assert result.returncode == 3
     assert "terminate called" not in result.stderr
 
@@ -115,8 +133,8 @@ def test_an_error_at_exit_does_not_abort_the_interpreter(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="Python cannot restrict the cores here")
 @pytest.mark.parametrize(("code", "cores"), [("os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})", 1),
                                              ("cv2.getNumberOfCPUs = lambda: 64", 16)])  # fmt: skip
-def test_only_the_cores_of_this_process_are_used_and_at_most_16(code, cores, tmp_path):
-    result = start(tmp_path, code=f"import cv2, os; {code}; import video; print(video.CPU_COUNT)")
+def test_only_the_cores_of_this_process_are_used_and_at_most_16(code, cores):
+    result = start(f"import cv2, os; {code}; import video; print(video.CPU_COUNT)")
     assert result.stdout.strip() == str(cores)
 
 
