@@ -93,7 +93,7 @@ def open_page(browser: Browser, url: str) -> Iterator[Page]:
     """The app in a fresh tab, loaded. No script may fail in it."""
     tab = browser.new_page(viewport={"width": 1280, "height": 900})
     errors = []
-    tab.on("pageerror", errors.append)
+    tab.on("pageerror", lambda error: errors.append(error))
     tab.goto(url)
     tab.get_by_label("Confidence threshold").first.wait_for()
     yield tab

@@ -79,7 +79,7 @@ def upload(server, path):
 def state(pid, cache):
     """What of a process can pile up: its threads, open files and memory in MB, and what lies on its disk."""
     status = Path(f"/proc/{pid}/status").read_text()
-    kept = [file for file in Path(cache).rglob("*") if file.is_file() and file.name != "server.log"]
+    kept = [Path(folder, name) for folder, _, names in os.walk(cache) for name in names if name != "server.log"]
     return {
         "threads": int(re.search(r"Threads:\s+(\d+)", status)[1]),
         "open files": len(os.listdir(f"/proc/{pid}/fd")),
