@@ -90,8 +90,10 @@ def browser() -> Iterator[Browser]:
 
 @contextlib.contextmanager
 def open_page(browser: Browser, url: str) -> Iterator[Page]:
-    """The app in a fresh tab, loaded. No script may fail in it."""
-    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    """The app in a fresh tab, loaded. No script may fail in it. All tabs share the browser's cache."""
+    context = browser.contexts[0] if browser.contexts else browser.new_context()
+    tab = context.new_page()
+    tab.set_viewport_size({"width": 1280, "height": 900})
     errors = []
     tab.on("pageerror", lambda error: errors.append(error))
     tab.goto(url)
