@@ -711,7 +711,7 @@ class Report:
             status = f"{self.seconds:.1f} of {total:.1f} s · {(total - self.seconds) / speed:.0f} s left"
         else:
             needed = max(1, round(min(CHUNK_SECONDS, total) * self.fps / self.step)) + (self.step > 1)
-            done = min(len(self.cached), needed)
+            done = min(sum(index < CHUNK_SECONDS * self.info.fps for index in list(self.cached)), needed)
             status = f"First chunk: {done} of {needed} frames"
             if done:
                 status += f", {elapsed / done * (needed - done):.0f} s left"

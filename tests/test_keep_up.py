@@ -192,5 +192,7 @@ def test_stop_in_mid_chunk_answers_at_once_and_keeps_the_chunks_before(video, sl
 def test_the_status_counts_the_frames_of_the_first_chunk(video, slow_device):
     report = app.Report(video, 0.3, [], app.HALF)
     assert report.status().startswith("First chunk: 0 of 7 frames")
-    report.cached.update({index: np.zeros((0, 6)) for index in (0, 10, 20)})
+    report.cached.update({index: np.zeros((0, 6)) for index in (0, 8, 18)})
     assert report.status().startswith("First chunk: 3 of 7 frames, 0 s left")
+    report.cached.update({index: np.zeros((0, 6)) for index in range(28, 150, 10)})
+    assert app.Report(video, 0.3, [], app.HALF, EVERY).status().startswith("First chunk: 7 of 30 frames")

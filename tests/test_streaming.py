@@ -12,6 +12,7 @@ import gradio as gr
 import numpy as np
 import pytest
 import shapes
+from conftest import busy_threads
 from videos import Kind, read_chunks, read_number
 
 import app
@@ -32,7 +33,8 @@ def small_batches(monkeypatch):
 
 
 def count_passes(monkeypatch):
-    """A list that gets the number of frames of each forward pass."""
+    """A list that gets the number of frames of each forward pass, once those of the tests before have ended."""
+    assert all_end(lambda: {thread for thread in busy_threads() if thread.name.startswith("ThreadPool")}, seconds=10)
     passes = []
     forward = app.DETECTOR.model.forward
 
