@@ -82,6 +82,8 @@ def read_video_info(path: str | os.PathLike) -> VideoInfo:
 
     The result is cached until the file changes. Raises `VideoError` if it is not a video or exceeds a limit.
     """
+    if not os.path.exists(path):
+        raise VideoError("This file no longer exists. Please upload it again.")
     if not os.path.isfile(path) or os.path.getsize(path) == 0:
         raise VideoError("This file is empty.")
     try:

@@ -458,7 +458,7 @@ NOT_VIDEOS = [
     (make_text, "This file is incomplete or not a video."),
     (make_empty, "This file is empty."),
     (make_folder, "This file is empty."),
-    (make_nothing, "This file is empty."),
+    (make_nothing, "This file no longer exists. Please upload it again."),
     (make_png, "This file is incomplete or not a video."),
     (make_jpeg, "This file is incomplete or not a video."),
     (make_sound_only, "This file has no video track."),
