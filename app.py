@@ -458,7 +458,7 @@ def prefetch(items: Generator[T], heartbeat_seconds: float | None = None) -> Gen
     try:
         thread = idle.pop()
     except IndexError:
-        thread = ThreadPoolExecutor(1)
+        thread = ThreadPoolExecutor(1, "prefetch")
         if sys.platform == "linux":  # elsewhere, this would be the whole process
             thread.submit(os.setpriority, os.PRIO_PROCESS, 0, niceness)
     context, end = contextvars.copy_context(), object()  # the context has the visitor's request, which ZeroGPU reads

@@ -34,7 +34,7 @@ def small_batches(monkeypatch):
 
 def count_passes(monkeypatch):
     """A list that gets the number of frames of each forward pass, once those of the tests before have ended."""
-    assert all_end(lambda: {thread for thread in busy_threads() if thread.name.startswith("ThreadPool")}, seconds=10)
+    assert all_end(lambda: {thread for thread in busy_threads() if thread.name.startswith("prefetch")}, seconds=10)
     passes = []
     forward = app.DETECTOR.model.forward
 

@@ -1,5 +1,6 @@
 """Many visitors at once, and visitors who leave: each gets his own result, and nothing of him stays."""
 
+import contextlib
 import json
 import os
 import re
@@ -103,7 +104,7 @@ def test_a_visitor_who_goes_frees_the_model_within_two_seconds(server_process, t
     for endpoint in ("stream_object_detection", "detect_video"):
         visitor = Visitor(server, path, endpoint=endpoint)
         visitor.wait_for("event: generating")
-        assert seconds_of_work(pid) > 0.1, "nothing was running"
+        assert any(seconds_of_work(pid) > 0.1 for _ in range(20)), "nothing was running"
         visitor.leave()
         time.sleep(1.9)
         assert seconds_of_work(pid) < 0.05, endpoint
@@ -115,11 +116,17 @@ def seconds_of_work(pid, seconds=0.5):
     Gradio's event loop polls all the time, which takes a tenth of a core, or more on a busy machine.
     """
 
+    def niceness_and_ticks(stat):
+        fields = stat.read_text().rsplit(")", 1)[1].split()
+        return int(fields[16]), int(fields[11]) + int(fields[12])
+
     def ticks_of_work():
-        paths = [Path(f"/proc/{pid}/stat"), *Path(f"/proc/{pid}/task").glob("*/stat")]
-        stats = [path.read_text().rsplit(")", 1)[1].split() for path in paths]
-        (_, whole), *threads = [(int(stat[16]), int(stat[11]) + int(stat[12])) for stat in stats]
-        return whole - sum(ticks for niceness, ticks in threads if niceness == 0)
+        _, work = niceness_and_ticks(Path(f"/proc/{pid}/stat"))
+        for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
+            with contextlib.suppress(OSError):  # the thread has just ended
+                niceness, ticks = niceness_and_ticks(stat)
+                work -= ticks if niceness == 0 else 0
+        return work
 
     before = ticks_of_work()
     time.sleep(seconds)
