@@ -808,8 +808,8 @@ class Run:
     """A session's run, from queueing to its end."""
 
     session: object
-    sending: threading.Lock  # held while Gradio sends an output; the session's next run shares it, and waits
     is_stopped: bool = False
+    sending: threading.Lock = field(default_factory=threading.Lock)  # held while Gradio sends an output
 
     @property
     def is_replaced(self) -> bool:
@@ -822,14 +822,18 @@ QUEUE_LOCK = threading.Lock()
 
 @contextlib.contextmanager
 def new_run(session: object) -> Iterator[Run]:
-    """Queues a run. If the session has one already, that one is stopped, and the new one takes its place."""
-    with QUEUE_LOCK:
-        previous = QUEUE.get(session)
-        if not previous and len(QUEUE) >= MAX_RUNS:
-            raise gr.Error("Too many people are using this app. Try again in a few minutes.", title="Busy")
-        run = QUEUE[session] = Run(session, previous.sending if previous else threading.Lock())
+    """Queues a run, or replaces the session's previous one, as soon as Gradio has sent that one's last output."""
+    run = Run(session)
+    with run.sending:  # a successor waits for those before, too
+        with QUEUE_LOCK:
+            previous = QUEUE.get(session)
+            if not previous and len(QUEUE) >= MAX_RUNS:
+                raise gr.Error("Too many people are using this app. Try again in a few minutes.", title="Busy")
+            QUEUE[session] = run
         if previous:
             previous.is_stopped = True
+            with previous.sending:
+                pass
     try:
         yield run
     finally:

@@ -244,9 +244,9 @@ def test_a_run_sends_nothing_while_gradio_still_sends_the_last_output_of_the_one
         time.sleep(2.5)
         assert not output.done()
         assert next(first) == {app.status: gr.skip()}
-        assert app.player in output.result(timeout=2)
+        assert app.player in output.result(timeout=10)
         third.close()
-        assert replaced.result(timeout=2) == {app.status: gr.skip()}
+        assert replaced.result(timeout=10) == {app.status: gr.skip()}
     assert not app.QUEUE
 
 
