@@ -710,8 +710,9 @@ class Report:
         elif self.seconds:
             status = f"{self.seconds:.1f} of {total:.1f} s · {(total - self.seconds) / speed:.0f} s left"
         else:
-            needed = max(1, round(min(CHUNK_SECONDS, total) * self.fps / self.step)) + (self.step > 1)
-            done = min(sum(index < CHUNK_SECONDS * self.info.fps for index in list(self.cached)), needed)
+            steps = max(1, round(min(CHUNK_SECONDS, total) * self.fps / self.step))
+            end, needed = steps * self.step * RESOLUTIONS[self.resolution], steps + (self.step > 1)
+            done = min(sum(index < end for index in list(self.cached)), needed)
             status = f"First chunk: {done} of {needed} frames"
             if done:
                 status += f", {elapsed / done * (needed - done):.0f} s left"

@@ -242,6 +242,7 @@ class Checker:
 
 @contextlib.contextmanager
 def new_checker() -> Iterator[Checker]:
+    """A checker that is closed in the end."""
     with tempfile.TemporaryDirectory() as folder:
         sound = Path(folder) / "sound.mp4"
         ffmpeg("-f", "lavfi", "-i", "testsrc2=s=64x48:r=10:d=0.8", "-c:v", "libx264", "-pix_fmt", "yuv420p", sound)

@@ -196,3 +196,11 @@ def test_the_status_counts_the_frames_of_the_first_chunk(video, slow_device):
     assert report.status().startswith("First chunk: 3 of 7 frames, 0 s left")
     report.cached.update({index: np.zeros((0, 6)) for index in range(28, 150, 10)})
     assert app.Report(video, 0.3, [], app.HALF, EVERY).status().startswith("First chunk: 7 of 30 frames")
+
+
+def test_the_status_counts_a_first_chunk_of_a_little_more_than_two_seconds(video, monkeypatch):
+    monkeypatch.setattr(app.DETECTOR, "seconds_per_frame", 0.15)
+    report = app.Report(video, 0.3, [], app.HALF)
+    report.cached.update({index: np.zeros((0, 6)) for index in (0, *range(6, 62 + 1, 8))})
+    assert report.step == 4
+    assert report.status().startswith("First chunk: 9 of 9 frames")

@@ -15,7 +15,6 @@ from huggingface_hub.file_download import repo_folder_name
 import app
 
 ROOT = Path(__file__).parents[1]
-START = "import time, app; print(app.DETECTOR.name, app.DETECTOR.id2label[0], app.MODEL_NOTE, sep='|')"
 
 
 def start(code, **env):
@@ -84,7 +83,7 @@ def test_a_default_checkpoint_that_is_cached_but_broken_is_not_replaced(cached_d
 
 def test_a_bug_does_not_look_like_a_missing_network(cached_default, monkeypatch):
     monkeypatch.setattr(app.AutoConfig, "from_pretrained", lambda *_, **__: {}["broken"])
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="broken"):
         app.load_detector()
 
 
