@@ -5,6 +5,7 @@ import pytest
 import scenes
 
 import app
+import tracking
 
 SEEDS = range(1, 11)
 FPS = 14  # every 7th frame is one in half a second: analysed frames are never further apart
@@ -13,7 +14,7 @@ THRESHOLD = 0.30
 
 def fill_gap(before: np.ndarray, after: np.ndarray, cuts: list[bool]) -> list[np.ndarray]:
     """The frames between two analysed ones. `cuts` is for these and the later one."""
-    return app.fill_gaps([before, *[None] * (len(cuts) - 1), after], cuts)[:-1]
+    return tracking.fill_gaps([before, *[None] * (len(cuts) - 1), after], cuts)[:-1]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_a_box_glides_from_place_to_place():
 def test_boxes_do_not_glide_from_class_to_class_nor_across_the_picture():
     before = detections((0.1, 0.5, 0.8, 0), (0.5, 0.1, 0.7, 1))
     after = detections((0.1, 0.5, 0.8, 2), (0.9, 0.1, 0.7, 1))
-    early, late = app.interpolate(before, after, 0.25), app.interpolate(before, after, 0.75)
+    early, late = tracking.interpolate(before, after, 0.25), tracking.interpolate(before, after, 0.75)
     np.testing.assert_array_equal(early[:, [0, 1, 2, 3, 5]], before[:, [0, 1, 2, 3, 5]])
     np.testing.assert_array_equal(late[:, [0, 1, 2, 3, 5]], after[:, [0, 1, 2, 3, 5]])
 

@@ -10,6 +10,7 @@ import scenes
 import shapes
 
 import app
+import tracking
 
 SEEDS = (7, 8)
 THRESHOLD = 0.30
@@ -28,7 +29,7 @@ def sightings(videos) -> list[tuple[Counter, list[tuple[int, int]], Counter]]:
     results = []
     for frames, found in videos:
         shown = [detections[detections[:, 4] > THRESHOLD] for detections in found]
-        tracker, is_cut = app.ObjectTracker(scenes.FPS), app.CutFinder()
+        tracker, is_cut = tracking.ObjectTracker(scenes.FPS), tracking.CutFinder()
         cuts, numbers = [is_cut(frame.image) for frame in frames], []
         for start in range(0, len(frames), BATCH):
             objects = tracker.update(shown[start : start + BATCH], cuts[start : start + BATCH])
@@ -65,7 +66,7 @@ def test_as_many_objects_are_believed_as_there_are(sightings):
 
 def test_cuts_are_found_and_motion_is_none(videos):
     for frames, _ in videos:
-        is_cut = app.CutFinder()
+        is_cut = tracking.CutFinder()
         assert [is_cut(frame.image) for frame in frames] == [
             frame.shot > before.shot for before, frame in zip(frames[:1] + frames, frames, strict=False)
         ]
@@ -76,7 +77,7 @@ def test_a_fast_pan_is_not_a_cut(fps):
     rng = np.random.default_rng(3)
     for _ in range(10):
         wide = cv2.resize(shapes.background(rng, 96, 18), (1440, 270), interpolation=cv2.INTER_LINEAR)
-        is_cut = app.CutFinder()
+        is_cut = tracking.CutFinder()
         for time in np.arange(0, 2, 1 / fps):
             left = round(720 * min(1, time**2 / 2))  # a camera does not start at once
             assert not is_cut(wide[:, left : left + 480])
@@ -91,7 +92,7 @@ def on_the_way(count: int, start: float = 0.1, label: int = 0) -> list[np.ndarra
 
 
 def numbers_on(frames: list[np.ndarray], cut: int | None = None, fps: float = 12) -> list[list[int]]:
-    tracker = app.ObjectTracker(fps)
+    tracker = tracking.ObjectTracker(fps)
     tracked = tracker.update(frames, [index == cut for index in range(len(frames))])
     return [objects[:, 6].astype(int).tolist() for objects in tracked]
 
@@ -134,14 +135,14 @@ def test_what_flickers_has_no_number():
 
 
 def test_a_tracker_that_was_pickled_goes_on():
-    tracker = app.ObjectTracker(12)
+    tracker = tracking.ObjectTracker(12)
     tracker.update(on_the_way(6), [False] * 6)
     copy = pickle.loads(pickle.dumps(tracker))
     assert copy.update(on_the_way(1, start=0.16), [False])[0][:, 6].tolist() == [1]
 
 
 def test_the_tracker_does_not_grow_with_the_video():
-    tracker, rng = app.ObjectTracker(12), np.random.default_rng(4)
+    tracker, rng = tracking.ObjectTracker(12), np.random.default_rng(4)
     sizes = []
     for _ in range(40):  # 40 objects come and go, 48 frames each
         frames = on_the_way(24, start=rng.uniform(0, 0.6)) + [np.empty((0, 6), np.float32)] * 24
