@@ -343,11 +343,15 @@ def remux(video: str, path: Path, *options: object, loops: int = 1) -> str:
 
 def model_source(name: str, folder: Path) -> str:
     """What to put into MODEL_ID for `--model`."""
-    if name not in ("r18", "r50"):
+    if name not in ("r18", "r50", "r101"):
         return str(SHIPPED_MODEL) if name == "shapes" else name
-    # As PekingU/rtdetr_r50vd, which has the classes' own defaults, or as PekingU/rtdetr_r18vd. What the weights are
-    # makes no difference to the time.
+    # As PekingU/rtdetr_r50vd, which has the classes' own defaults, as .._r18vd or as .._r101vd.
+    # What the weights are makes no difference to the time.
     config = RTDetrConfig(num_labels=80)
+    if name == "r101":
+        config.backbone_config.depths = [3, 4, 23, 3]
+        config.encoder_hidden_dim, config.encoder_ffn_dim = 384, 2048
+        config.decoder_in_channels = [384] * 3
     if name == "r18":
         stages = {
             "hidden_sizes": [64, 128, 256, 512],
@@ -443,7 +447,9 @@ def compare_memory(folder: Path, asks_model: bool) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--video", action="append", help="a video file; without it, streets are rendered")
-    parser.add_argument("--model", default="shapes", help="shapes (default), r18, r50, a folder, or an id on the Hub")
+    parser.add_argument(
+        "--model", default="shapes", help="shapes (default), r18, r50, r101, a folder, or an id on the Hub"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU, if there is one")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default 3)")
     parser.add_argument("--seconds", type=float, help="at most this much of each video (default 8; r18, r50: 20)")
