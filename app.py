@@ -54,7 +54,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 
 from draw_boxes import draw_bounding_boxes, label_color
-from tracking import CutFinder, ObjectTracker, fill_gaps
+from tracking import CutFinder, Detections, ObjectTracker, fill_gaps
 from video import CPU_COUNT, AudioReader, ChunkWriter, Frame, VideoError, join_chunks, read_video_info, sample_frames
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ MAX_GAP_SECONDS = 0.5  # between analysed frames
 
 BELIEVED_SECONDS = 1.0  # how long an object must be seen to count
 
-CACHED_VIDEOS = 16  # whose detections stay in memory, a few hundred bytes per frame
+CACHED_VIDEOS = 16  # whose detections stay in memory, about a kilobyte per frame
 
 ON_ZEROGPU = spaces.config.Config.zero_gpu  # `spaces` has no public name for it
 GPU_SECONDS = 60  # of a ZeroGPU per call, at most: a request that exceeds the visitor's quota is refused
@@ -142,11 +142,11 @@ class Detector:
                 self(frames)
                 self.seconds_per_frame = (time.monotonic() - began) / len(frames)
 
-    def __call__(self, frames: list[np.ndarray]) -> list[np.ndarray]:
-        """Detects objects on frames of one size, uint8 (height, width, 3) BGR; in halves if memory is short.
+    def __call__(self, frames: list[np.ndarray]) -> list[Detections]:
+        """The detections on each of these frames, best first; in halves if memory is short.
 
-        Returns one float32 (N, 6) array per frame, best detection first: box (xyxy, relative to the frame, 0 to 1),
-        score, and label number.
+        Args:
+            frames: Of one size, uint8 (height, width, 3) BGR.
         """
         try:
             size = math.ceil(len(frames) / self.passes_at_once)
@@ -160,13 +160,13 @@ class Detector:
         return self(frames[:half]) + self(frames[half:])
 
     @torch.inference_mode()
-    def _forward_pass(self, frames: list[np.ndarray]) -> list[np.ndarray]:
+    def _forward_pass(self, frames: list[np.ndarray]) -> list[Detections]:
         pixels = self._preprocess(frames)
         with self.autocast:
             outputs = self.model(pixel_values=pixels)
         outputs.logits, outputs.pred_boxes = outputs.logits.float().cpu(), outputs.pred_boxes.float().cpu()
         results = self.processor.post_process_object_detection(outputs, threshold=MIN_SCORE)
-        return [torch.column_stack((r["boxes"], r["scores"], r["labels"])).numpy() for r in results]
+        return [Detections(*(r[key].numpy() for key in ("boxes", "scores", "labels"))) for r in results]
 
     def _preprocess(self, frames: list[np.ndarray]) -> torch.Tensor:
         """Resizes and rescales as the official processor does: BGR uint8 NHWC in, RGB float32 NCHW out.
@@ -265,8 +265,8 @@ class FrameDetections(NamedTuple):
     source_index: int  # number of the frame in the source, from 0
     pts_seconds: float  # from the first frame of the source
     source_size: tuple[int, int]  # width and height in pixels, upright
-    detections: np.ndarray  # as `Detector` returns them, whatever the threshold
-    objects: np.ndarray  # those that are drawn, (N, 7): the same columns and the object's number, 0 if none
+    detections: Detections  # as `Detector` returns them, whatever the threshold
+    drawn: Detections  # those above the threshold and in the chosen classes, with the numbers of their objects
 
 
 class StreamUpdate(NamedTuple):
@@ -285,7 +285,7 @@ class Batch(NamedTuple):
 
     frames: list[Frame]
     is_end: bool  # of the video
-    detections: Sequence[np.ndarray] = ()  # on each frame; this and the rest is added by `detect_batches`
+    detections: Sequence[Detections] = ()  # on each frame; this and the rest is added by `detect_batches`
     analysed: Sequence[bool] = ()  # whether the model found them, not interpolated, and not on a frame shown again
     cuts: Sequence[bool] = ()  # whether a new shot begins with the frame
     is_cached: bool = False  # whether no frame needed the model
@@ -301,7 +301,7 @@ def stream_object_detection(
     *,
     step: int = 1,
     after: StreamUpdate | None = None,
-    cached: dict[int, np.ndarray] | None = None,
+    cached: dict[int, Detections] | None = None,
     folder: str | None = None,
     join_seconds: float = 0,
     budget_seconds: float = GPU_SECONDS if ON_ZEROGPU else math.inf,
@@ -368,7 +368,7 @@ def read_batches(frames: Iterable[Frame], start: int, step: int, chunk_frames: i
 
 
 def detect_batches(
-    batches: Iterator[Batch], cached: dict[int, np.ndarray], step: int, deadline: float
+    batches: Iterator[Batch], cached: dict[int, Detections], step: int, deadline: float
 ) -> Iterator[Batch]:
     """The same batches with the detections on their frames. The model's are also added to `cached`.
 
@@ -393,13 +393,13 @@ def detect_batches(
             before, last_index = detections[-1], batch.frames[-1].source_index
 
 
-def select_detections(detections: np.ndarray, conf_threshold: float, classes: Sequence[str]) -> np.ndarray:
+def select_detections(detections: Detections, conf_threshold: float, classes: Sequence[str]) -> Detections:
     """The detections above the threshold and, unless `classes` is empty, in one of them."""
-    selected = detections[detections[:, 4] > conf_threshold]
+    is_selected = detections.confidence > conf_threshold
     if classes:
         class_ids = [class_id for class_id, label in DETECTOR.id2label.items() if label in classes]
-        selected = selected[np.isin(selected[:, 5], class_ids)]
-    return selected
+        is_selected &= np.isin(detections.class_id, class_ids)
+    return detections[is_selected]
 
 
 def draw_batch(
@@ -407,9 +407,9 @@ def draw_batch(
 ) -> list[FrameDetections]:
     """Draws the selected detections into the frames. Returns those of the analysed frames."""
     selected = [select_detections(detections, conf_threshold, classes) for detections in batch.detections]
-    objects = tracker.update(selected, batch.cuts)
+    tracked = tracker.update(selected, batch.cuts)
     found = []
-    frames = zip(batch.frames, batch.detections, batch.analysed, objects, strict=True)
+    frames = zip(batch.frames, batch.detections, batch.analysed, tracked, strict=True)
     for frame, detections, is_analysed, drawn in frames:
         draw(frame.image, drawn, tracker.trails(drawn) if tracks else None)
         if is_analysed:
@@ -417,13 +417,14 @@ def draw_batch(
     return found
 
 
-def draw(image: np.ndarray, objects: np.ndarray, trails: Sequence[np.ndarray] | None) -> None:
-    """Draws objects, (N, 7), into an image, uint8 (height, width, 3) BGR; with numbers if there are trails."""
+def draw(image: np.ndarray, detections: Detections, trails: Sequence[np.ndarray] | None) -> None:
+    """Draws detections into an image, uint8 (height, width, 3) BGR; with the objects' numbers if there are trails."""
     height, width = image.shape[:2]
-    labels = [DETECTOR.id2label[int(class_id)] for class_id in objects[:, 5]]
-    numbers = None if trails is None else objects[:, 6].astype(int)
+    boxes = detections.xyxy * (width, height, width, height)
+    labels = [DETECTOR.id2label[class_id] for class_id in detections.class_id]
+    numbers = None if trails is None else detections.tracker_id
     trails = trails and [trail * (width, height) for trail in trails]
-    draw_bounding_boxes(image, objects[:, :4] * (width, height, width, height), objects[:, 4], labels, numbers, trails)
+    draw_bounding_boxes(image, boxes, detections.confidence, labels, numbers, trails)
 
 
 # By process id, because a forked process has none of its parent's threads, and by niceness. They never end: a thread
@@ -467,7 +468,7 @@ def prefetch(items: Generator[T], heartbeat_seconds: float | None = None) -> Gen
 
 
 @lru_cache(maxsize=CACHED_VIDEOS)
-def cached_detections(video: str, modified: float, resolution: str) -> dict[int, np.ndarray]:
+def cached_detections(video: str, modified: float, resolution: str) -> dict[int, Detections]:
     """The detections of all runs of a file at a resolution, by source index. Runs add to it.
 
     Args:
@@ -519,10 +520,11 @@ class Report:
     def add(self, update: StreamUpdate) -> None:
         self.chunks.append(update.chunk)
         self.output_frames, self.is_end = update.output_frames, update.is_end
-        for index, seconds, self._source_size, _, objects in update.frames:
-            time_and_frame = np.broadcast_to((seconds, index), (len(objects), 2))
-            boxes = np.clip(objects[:, :4], 0, 1) * (self._source_size * 2)
-            self._rows[index] = np.column_stack((time_and_frame, objects[:, [5, 6, 4]], boxes)).astype(np.float32)
+        for index, seconds, self._source_size, _, drawn in update.frames:
+            time_and_frame = np.broadcast_to((seconds, index), (len(drawn), 2))
+            boxes = np.clip(drawn.xyxy, 0, 1) * (self._source_size * 2)
+            columns = (time_and_frame, drawn.class_id, drawn.tracker_id, drawn.confidence, boxes)
+            self._rows[index] = np.column_stack(columns).astype(np.float32)
 
     @property
     def seconds(self) -> float:
@@ -574,7 +576,7 @@ class Report:
         """The first frame with its boxes, as an HTML image."""
         frame = next(sample_frames(self.info, self.fps, Fraction(1, RESOLUTIONS[self.resolution])))
         selected = select_detections(self.cached[frame.source_index], self.conf_threshold, self.classes)
-        draw(frame.image, np.column_stack((selected, np.zeros(len(selected)))), None)
+        draw(frame.image, selected, None)
         jpeg = base64.b64encode(cv2.imencode(".jpg", frame.image)[1]).decode()
         return f'<img alt="First frame" style="height: {PLAYER_HEIGHT}" src="data:image/jpeg;base64,{jpeg}">'
 

@@ -1,13 +1,15 @@
 """Follows detections from frame to frame: camera cuts, numbered objects, and boxes on frames that were skipped.
 
-It knows neither the model nor the page. Detections are arrays (N, 6): box (xyxy, relative to the frame), score, label.
+It knows neither the model nor the page.
 """
+
+from __future__ import annotations
 
 import itertools
 import math
 from collections import Counter, deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import cv2
@@ -29,6 +31,37 @@ MAX_COST = 2.5  # upper limit for two detections to match; 2.0 to 3.5 change int
 TRAIL_SECONDS = 1.5
 
 
+@dataclass(eq=False, slots=True)
+class Detections:
+    """What was found on one frame: N boxes. The names are those of `supervision.Detections`."""
+
+    xyxy: np.ndarray  # float32 (N, 4): left, top, right, bottom, relative to the frame (0 to 1)
+    confidence: np.ndarray  # float32 (N,), 0 to 1
+    class_id: np.ndarray  # int (N,)
+    tracker_id: np.ndarray | None = None  # int (N,): number of the object in its class, from 1; 0 for none, the default
+
+    def __post_init__(self):
+        if self.tracker_id is None:
+            self.tracker_id = np.zeros(len(self.xyxy), int)
+
+    def __len__(self) -> int:
+        return len(self.xyxy)
+
+    def __getitem__(self, index: np.ndarray | slice) -> Detections:
+        """Those of a mask (N,), of indices, or of a slice."""
+        return Detections(self.xyxy[index], self.confidence[index], self.class_id[index], self.tracker_id[index])
+
+    @classmethod
+    def empty(cls) -> Detections:
+        return cls(np.empty((0, 4), np.float32), np.empty(0, np.float32), np.empty(0, int))
+
+    @classmethod
+    def merge(cls, parts: Iterable[Detections]) -> Detections:
+        """All in one, in the same order."""
+        columns = [(part.xyxy, part.confidence, part.class_id, part.tracker_id) for part in (cls.empty(), *parts)]
+        return cls(*map(np.concatenate, zip(*columns, strict=True)))
+
+
 class CutFinder:
     """Finds cuts: changes of the picture that are large and sudden. A fast pan is only large."""
 
@@ -48,24 +81,24 @@ class CutFinder:
 class Track:
     """An object's box in an alpha-beta filter, which expects a constant velocity and size inside the frame."""
 
-    detection: np.ndarray  # float64 (6,): smoothed, or predicted
+    box: np.ndarray  # float64 (4,), xyxy: smoothed, or predicted
+    class_id: int
     velocity: np.ndarray = field(default_factory=lambda: np.zeros(2))  # of the centre, per frame, relative to the frame
     number: int = 0  # 0 until the object has been seen for `NEW_SECONDS`
     frames_seen: int = 1
     frames_missed: int = 0  # since then
 
-    def predict(self) -> np.ndarray:
-        """Moves to the next frame, and returns the detection that is expected there."""
+    def predict(self) -> None:
+        """Moves to where the object is expected on the next frame."""
         self.frames_missed += 1
-        centre = (self.detection[:2] + self.detection[2:4]) / 2
-        self.detection[:4] += np.tile((centre + self.velocity).clip(0, 1) - centre, 2)  # an object may leave and return
-        return self.detection
+        centre = (self.box[:2] + self.box[2:]) / 2
+        self.box += np.tile((centre + self.velocity).clip(0, 1) - centre, 2)  # an object may leave and return
 
-    def update(self, detection: np.ndarray, alpha: float) -> None:
+    def update(self, box: np.ndarray, alpha: float) -> None:
         """Corrects the prediction: by the share `alpha` of its error for the box, and by less for the velocity."""
         self.frames_seen, self.frames_missed = self.frames_seen + 1, 0
-        errors = detection[:4] - self.detection[:4]
-        self.detection[:4] += alpha * errors
+        errors = box - self.box
+        self.box += alpha * errors
         self.velocity += alpha**2 / (2 - alpha) * (errors[:2] + errors[2:]) / 2  # Benedict and Bordner, 1962
 
 
@@ -83,56 +116,62 @@ class ObjectTracker:
         self._frames_to_keep = round(LOST_SECONDS * fps)
         self._alpha = 1 - math.exp(-1 / (SMOOTHING_SECONDS * fps))
         self._tracks: list[Track] = []
-        self._count: Counter[float] = Counter()  # objects of each label
-        self._recent = deque([np.empty((0, 7))], max(1, round(TRAIL_SECONDS * fps)))  # numbered objects on each frame
+        self._count: Counter[int] = Counter()  # objects of each class
+        self._recent: deque[Detections] = deque(maxlen=max(1, round(TRAIL_SECONDS * fps)))  # those with numbers
 
-    def update(self, frames: Sequence[np.ndarray], cuts: Sequence[bool]) -> list[np.ndarray]:
-        """Appends object numbers to the detections on the next frames: (N, 6) in, (N, 7) out; 0 means no object.
+    def update(self, frames: Sequence[Detections], cuts: Sequence[bool]) -> list[Detections]:
+        """The detections on the next frames with their objects' numbers.
 
         A new number also holds for the object's earlier detections in these frames. `cuts` tells for each frame whether
         a shot begins with it.
         """
         tracks = [self._track(*frame) for frame in zip(frames, cuts, strict=True)]
-        numbers = [[track.number for track in found] for found in tracks]
-        return [np.column_stack(frame) for frame in zip(frames, numbers, strict=True)]
+        numbers = [np.array([track.number for track in found], int) for found in tracks]
+        return [replace(found, tracker_id=ids) for found, ids in zip(frames, numbers, strict=True)]
 
-    def _track(self, detections: np.ndarray, is_cut: bool) -> list[Track]:
+    def _track(self, detections: Detections, is_cut: bool) -> list[Track]:
         """The track of each detection."""
         tracks = [] if is_cut else self._tracks
-        predicted = np.array([track.predict() for track in tracks]).reshape(-1, 6)
+        for track in tracks:
+            track.predict()
+        boxes = np.array([track.box for track in tracks]).reshape(-1, 4)
+        classes = np.array([track.class_id for track in tracks], int)
+        predicted = Detections(boxes, np.ones(len(tracks)), classes)
         is_new = np.array([track.number == 0 for track in tracks], bool)
         rows, columns = match(predicted, detections, NEW_TRACK_COST * is_new[:, None])
-        found = [Track(detection.astype(float)) for detection in detections]
+        found = list(map(Track, detections.xyxy.astype(float), detections.class_id.tolist()))
         for row, column in zip(rows, columns, strict=True):
             track = found[column] = tracks[row]
-            track.update(detections[column], self._alpha)
+            track.update(detections.xyxy[column], self._alpha)
             if track.frames_seen == self._frames_to_confirm:
-                self._count[track.detection[5]] += 1
-                track.number = self._count[track.detection[5]]
+                self._count[track.class_id] += 1
+                track.number = self._count[track.class_id]
         lost = [track for track in tracks if track.number and 0 < track.frames_missed <= self._frames_to_keep]
         self._tracks = found + lost
         return found
 
-    def trails(self, objects: np.ndarray) -> list[np.ndarray]:
-        """For each object on the next frame, (N, 7), its centres on the frames before: (K, 2), oldest first, relative
-        to the frame, from the last `TRAIL_SECONDS`."""
-        recent = np.concatenate(self._recent)
-        self._recent.append(objects[objects[:, 6] > 0])
-        centres, labels, numbers = (recent[:, :2] + recent[:, 2:4]) / 2, *recent[:, 5:].T
-        return [centres[(labels == label) & (numbers == number)] for label, number in objects[:, 5:]]
+    def trails(self, detections: Detections) -> list[np.ndarray]:
+        """For each detection on the next frame, its object's centres on the frames before: (K, 2), oldest first,
+        relative to the frame, from the last `TRAIL_SECONDS`."""
+        recent = Detections.merge(self._recent)
+        self._recent.append(detections[detections.tracker_id > 0])
+        centres = (recent.xyxy[:, :2] + recent.xyxy[:, 2:]) / 2
+        objects = zip(detections.class_id, detections.tracker_id, strict=True)
+        return [centres[(recent.class_id == label) & (recent.tracker_id == number)] for label, number in objects]
 
 
-def match(some: np.ndarray, others: np.ndarray, penalties: np.ndarray | int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs of detections (N, 6) and (M, 6) with the least total cost, each below `MAX_COST`: their indices.
+def match(some: Detections, others: Detections, penalties: np.ndarray | int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs of N and M detections with the least total cost, each below `MAX_COST`: their indices.
 
-    A pair costs its centre distance in box sizes, plus the absolute log ratios of widths and heights, plus its penalty.
-    Classes do not match.
+    A pair costs its centre distance in box sizes, plus the absolute log ratios of widths and heights, plus its penalty,
+    (N, M) or (N, 1). Classes do not match.
     """
-    sizes, other_sizes = (np.maximum(found[:, 2:4] - found[:, :2], 1e-6) for found in (some, others))
-    offsets = (some[:, :2] + some[:, 2:4])[:, None] / 2 - (others[:, :2] + others[:, 2:4]) / 2
+    sizes, other_sizes = (np.maximum(found.xyxy[:, 2:] - found.xyxy[:, :2], 1e-6) for found in (some, others))
+    centres, other_centres = ((found.xyxy[:, :2] + found.xyxy[:, 2:]) / 2 for found in (some, others))
+    offsets = centres[:, None] - other_centres
     distances = np.linalg.norm(offsets / ((sizes[:, None] + other_sizes) / 2), axis=2)
     growth = np.abs(np.log(sizes[:, None] / other_sizes)).sum(axis=2)
-    costs = np.where(some[:, None, 5] == others[:, 5], distances + growth, np.inf) + penalties
+    costs = np.where(some.class_id[:, None] == others.class_id, distances + growth, np.inf) + penalties
     rows, columns = linear_sum_assignment(np.minimum(costs, 2 * MAX_COST))
     is_pair = costs[rows, columns] < MAX_COST
     return rows[is_pair], columns[is_pair]
@@ -141,11 +180,11 @@ def match(some: np.ndarray, others: np.ndarray, penalties: np.ndarray | int = 0)
 # ------------------------------------------------------------------------------------------------- skipped frames
 
 
-def fill_gaps(detections: list[np.ndarray | None], cuts: Sequence[bool]) -> list[np.ndarray]:
+def fill_gaps(detections: list[Detections | None], cuts: Sequence[bool]) -> list[Detections]:
     """Detections on all frames but the first, with interpolated ones on frames that have None.
 
     Args:
-        detections: (N, 6) on each frame, where it is analysed. The first and the last one are.
+        detections: On each frame, where it is analysed. The first and the last one are.
         cuts: For each frame but the first, whether a shot begins with it. Nothing moves across a cut.
     """
     filled, analysed = [], [index for index, found in enumerate(detections) if found is not None]
@@ -161,15 +200,19 @@ def fill_gaps(detections: list[np.ndarray | None], cuts: Sequence[bool]) -> list
     return filled
 
 
-def interpolate(before: np.ndarray, after: np.ndarray, fraction: float) -> np.ndarray:
-    """Detections at a moment between two frames with detections (N, 6) and (M, 6); float32 (K, 6), best first.
+def interpolate(before: Detections, after: Detections, fraction: float) -> Detections:
+    """Detections at a moment between two frames, best first.
 
     Matched boxes move linearly. Unmatched boxes stay in place: the earlier ones fade out before the middle of the gap,
     the later ones fade in after it. A low-scoring flicker therefore disappears quickly.
     """
     rows, columns = match(before, after)
-    moved = (1 - fraction) * before[rows] + fraction * after[columns]
-    alone = np.delete(before, rows, axis=0) if fraction < 0.5 else np.delete(after, columns, axis=0)
-    faded = alone * (1, 1, 1, 1, abs(1 - 2 * fraction), 1)
-    filled = np.concatenate((moved, faded)).astype(np.float32)
-    return filled[np.argsort(-filled[:, 4], kind="stable")]
+    moved, there = before[rows], after[columns]
+    moved.xyxy += np.float32(fraction) * (there.xyxy - moved.xyxy)
+    moved.confidence += np.float32(fraction) * (there.confidence - moved.confidence)
+    is_early = fraction < 0.5
+    alone, matched = (before, rows) if is_early else (after, columns)
+    faded = alone[np.delete(np.arange(len(alone)), matched)]
+    faded.confidence *= np.float32(abs(1 - 2 * fraction))
+    filled = Detections.merge((moved, faded))
+    return filled[np.argsort(-filled.confidence, kind="stable")]

@@ -15,6 +15,8 @@ import cv2
 import numpy as np
 import shapes
 
+from tracking import Detections
+
 WIDTH, HEIGHT, FPS, SECONDS = 480, 270, 12, 8
 KINDS = ("bounces", "crossings", "occlusions", "visits", "cut", "ordinary")
 FASTEST = WIDTH / 3  # pixels a second: ordinary speeds end here
@@ -26,7 +28,7 @@ class SceneFrame(NamedTuple):
     """One output frame and what is to be seen in it."""
 
     image: np.ndarray  # uint8 (height, width, 3), BGR
-    truth: np.ndarray  # float64 (N, 6): box (xyxy, relative to the frame, 0 to 1), label number, object number
+    truth: Detections  # an object has the same number in the whole shot, and no other object of the video has it
     shot: int  # from 0
 
 
@@ -57,17 +59,24 @@ def render(kind: str, seed: int, fps: float = FPS, seconds: float = SECONDS) -> 
         if kind == "occlusions":
             shapes.paint(image, POST, np.array([90, 90, 90]))
             outlines.append(POST)
-        shares, truth = shapes.visible_shares(outlines, WIDTH, HEIGHT), []
+        shares, rows = shapes.visible_shares(outlines, WIDTH, HEIGHT), []
         for index, shape in enumerate(cast):
             if shares[index] >= shapes.MIN_VISIBLE:
                 if time - last_seen.get((shot, index), -math.inf) > LONGEST_GAP_SECONDS:
                     numbers[shot, index] = next(new_number)
                 last_seen[shot, index] = time
                 box = shapes.clipped_box(outlines[index], WIDTH, HEIGHT) / (WIDTH, HEIGHT, WIDTH, HEIGHT)
-                truth.append((*box, shapes.LABELS.index(shape.kind), numbers[shot, index]))
+                rows.append((*box, shapes.LABELS.index(shape.kind), numbers[shot, index]))
         jpeg = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 70])[1]  # scores flicker, as in life
-        frames.append(SceneFrame(cv2.imdecode(jpeg, cv2.IMREAD_COLOR), np.array(truth).reshape(-1, 6), shot))
+        frames.append(SceneFrame(cv2.imdecode(jpeg, cv2.IMREAD_COLOR), certain(rows), shot))
     return frames
+
+
+def certain(rows: list[tuple[float, ...]]) -> Detections:
+    """Detections from rows of a box (xyxy), a class and a number, with full confidence."""
+    columns = np.array(rows).reshape(-1, 6)
+    class_id, number = columns[:, 4:].T.astype(int)
+    return Detections(columns[:, :4].astype(np.float32), np.ones(len(columns), np.float32), class_id, number)
 
 
 def new_shot(rng: np.random.Generator, kind: str) -> tuple[Callable[[float], np.ndarray], list[Shape]]:
@@ -114,12 +123,12 @@ def path(rng: np.random.Generator, kind: str, name: str, size: float, index: int
     return lambda seconds: (pose(seconds)[0] - margin, *pose(seconds)[1:])
 
 
-Detector = Callable[[list[np.ndarray]], list[np.ndarray]]
+Detector = Callable[[list[np.ndarray]], list[Detections]]
 
 
 def render_and_detect(
     detector: Detector, kind: str, seed: int, fps: float = FPS, seconds: float = SECONDS
-) -> tuple[list[SceneFrame], list[np.ndarray]]:
+) -> tuple[list[SceneFrame], list[Detections]]:
     """A video and what a detector finds on each of its frames."""
     frames = render(kind, seed, fps, seconds)
     images = [frame.image for frame in frames]
@@ -127,16 +136,16 @@ def render_and_detect(
     return frames, list(itertools.chain.from_iterable(batches))
 
 
-def overlaps(detections: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Intersection over union (N, M) of the boxes of detections (N, 6) and truth (M, 5 or more), 0 between classes."""
-    result = np.array([shapes.overlap(box, truth[:, :4]) for box in detections[:, :4]]).reshape(-1, len(truth))
-    return result * (detections[:, None, 5] == truth[:, 4])
+def overlaps(detections: Detections, truth: Detections) -> np.ndarray:
+    """Intersection over union (N, M) of the boxes, 0 between classes."""
+    result = np.array([shapes.overlap(box, truth.xyxy) for box in detections.xyxy]).reshape(-1, len(truth))
+    return result * (detections.class_id[:, None] == truth.class_id)
 
 
-def match(detections: np.ndarray, truth: np.ndarray) -> list[tuple[int, int]]:
+def match(detections: Detections, truth: Detections) -> list[tuple[int, int]]:
     """Pairs of indices, one to one, best score first: same class, overlap of 0.5 or more."""
     free, table, pairs = np.ones(len(truth), bool), overlaps(detections, truth), []
-    for i in np.argsort(-detections[:, 4], kind="stable"):
+    for i in np.argsort(-detections.confidence, kind="stable"):
         if (table[i] * free).max(initial=0) >= 0.5:
             j = int((table[i] * free).argmax())
             free[j] = False

@@ -13,6 +13,7 @@ from test_streaming import all_end, count_passes
 from videos import Kind, read_chunks, read_number
 
 import app
+from tracking import Detections
 from video import ChunkWriter
 
 EXAMPLE = str(app.EXAMPLES / "bouncing-shapes.mp4")
@@ -77,7 +78,7 @@ def test_a_filled_frame_is_not_taken_for_an_analysed_one_if_another_run_analyses
     cached, draw = {}, app.draw
 
     def draw_while_another_run_adds(*args):
-        cached.update({index: np.zeros((0, 6), np.float32) for index in range(150) if index not in cached})
+        cached.update({index: Detections.empty() for index in range(150) if index not in cached})
         draw(*args)
 
     monkeypatch.setattr(app, "draw", draw_while_another_run_adds)
@@ -141,8 +142,8 @@ def test_boxes_glide_between_analysed_frames(drawn, tmp_path):
     for _ in app.stream_object_detection(EXAMPLE, 0.5, step=6, folder=str(tmp_path)):
         pass
     (square,) = (number for number, label in app.DETECTOR.id2label.items() if label == "square")
-    lefts = [frame[(frame[:, 5] == square) & (frame[:, 6] == 1)][:, 0] for frame in drawn[5:12]]
-    moves = np.diff([float(left[0]) for left in lefts])
+    lefts = [frame.xyxy[(frame.class_id == square) & (frame.tracker_id == 1)][0, 0] for frame in drawn[5:12]]
+    moves = np.diff(lefts)
     assert np.abs(moves).min() > 0.0005
     np.testing.assert_allclose(moves, moves[0], atol=0.0005)
 
@@ -157,7 +158,12 @@ def test_no_box_crosses_a_cut(drawn, tmp_path):
     for _ in app.stream_object_detection(writer.close(), 0.5, resolution="Full", step=7, folder=str(tmp_path)):
         pass
     before, after = (
-        {(label, number) for frame in part for label, number in frame[:, 5:] if number}
+        {
+            (label, number)
+            for frame in part
+            for label, number in zip(frame.class_id, frame.tracker_id, strict=True)
+            if number
+        }
         for part in (drawn[:50], drawn[50:])
     )
     assert before and after
@@ -192,15 +198,15 @@ def test_stop_in_mid_chunk_answers_at_once_and_keeps_the_chunks_before(video, sl
 def test_the_status_counts_the_frames_of_the_first_chunk(video, slow_device):
     report = app.Report(video, 0.3, [], app.HALF)
     assert report.status().startswith("First chunk: 0 of 7 frames")
-    report.cached.update({index: np.zeros((0, 6)) for index in (0, 8, 18)})
+    report.cached.update({index: Detections.empty() for index in (0, 8, 18)})
     assert report.status().startswith("First chunk: 3 of 7 frames, 0 s left")
-    report.cached.update({index: np.zeros((0, 6)) for index in range(28, 150, 10)})
+    report.cached.update({index: Detections.empty() for index in range(28, 150, 10)})
     assert app.Report(video, 0.3, [], app.HALF, EVERY).status().startswith("First chunk: 7 of 30 frames")
 
 
 def test_the_status_counts_a_first_chunk_of_a_little_more_than_two_seconds(video, monkeypatch):
     monkeypatch.setattr(app.DETECTOR, "seconds_per_frame", 0.15)
     report = app.Report(video, 0.3, [], app.HALF)
-    report.cached.update({index: np.zeros((0, 6)) for index in (0, *range(6, 62 + 1, 8))})
+    report.cached.update({index: Detections.empty() for index in (0, *range(6, 62 + 1, 8))})
     assert report.step == 4
     assert report.status().startswith("First chunk: 9 of 9 frames")

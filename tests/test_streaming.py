@@ -76,7 +76,9 @@ def test_a_stream_that_begins_in_mid_video_equals_the_rest_of_a_whole_one(tmp_pa
     assert [frame.source_index for frame in found] == [frame.source_index for frame in expected]
     for one, other in zip(found, expected, strict=True):
         sure = [app.select_detections(frame.detections, 0.5, ()) for frame in (one, other)]
-        np.testing.assert_allclose(*sure, atol=0.001)
+        np.testing.assert_allclose(*(found.xyxy for found in sure), atol=0.001)
+        np.testing.assert_allclose(*(found.confidence for found in sure), atol=0.001)
+        np.testing.assert_array_equal(*(found.class_id for found in sure))
 
 
 def test_small_batches_make_the_same_chunks(numbered, small_batches, tmp_path, monkeypatch):
@@ -152,10 +154,10 @@ def test_boxes_are_drawn_where_the_rendered_shapes_are(tmp_path):
     outlined = at_a_shape = total = 0
     for picture, frame in zip(pictures[::5], frames[::5], strict=True):
         true_boxes = shapes.example_truth(EXAMPLE.stem, frame.source_index)[0]
-        for *box, _, number in app.select_detections(frame.detections, 0.5, ()):
+        found = app.select_detections(frame.detections, 0.5, ())
+        for box, number in zip(found.xyxy * (frame.source_size * 2), found.class_id, strict=True):
             total += 1
-            box = np.array(box) * (frame.source_size * 2)
-            outlined += outline_is_near(picture, box / 2, label_color(app.DETECTOR.id2label[int(number)]))
+            outlined += outline_is_near(picture, box / 2, label_color(app.DETECTOR.id2label[number]))
             at_a_shape += bool((np.abs(true_boxes - box).max(axis=1) < 25).any())
     assert total > 30
     assert outlined / total > 0.8, f"{outlined} of {total} detections have their outline in the picture"
@@ -188,7 +190,7 @@ def first_chunk(folder, conf_threshold, classes=()):
 
 def test_a_higher_threshold_draws_less(tmp_path):
     bare, detections = first_chunk(tmp_path, 1.0)
-    scores = np.concatenate(detections)[:, 4]
+    scores = np.concatenate([found.confidence for found in detections])
     thresholds = [0, *np.quantile(scores, [0.5, 0.8, 0.95])]
     changed = [(np.abs(first_chunk(tmp_path, t)[0] - bare).max(axis=3) > 60).mean() for t in thresholds]
     assert all(more > 1.1 * less for more, less in itertools.pairwise(changed)), changed
@@ -202,12 +204,12 @@ def test_only_boxes_of_the_chosen_classes_are_drawn(tmp_path):
         assert changed.any()
         for picture, frame in zip(changed, detections, strict=True):
             height, width = picture.shape
-            for x1, y1, x2, y2 in app.select_detections(frame, 0.5, [label])[:, :4] * (width, height, width, height):
+            for x1, y1, x2, y2 in app.select_detections(frame, 0.5, [label]).xyxy * (width, height, width, height):
                 picture[max(0, int(y1) - 30) : int(y2) + 30, max(0, int(x1) - 10) : int(x2) + 80] = False
         return changed.any()
 
     bare, detections = first_chunk(tmp_path, 1.0)
-    label = app.DETECTOR.id2label[int(detections[0][0, 5])]
+    label = app.DETECTOR.id2label[detections[0].class_id[0]]
     assert not is_drawn_elsewhere([label])
     assert is_drawn_elsewhere([])
 

@@ -11,6 +11,7 @@ import shapes
 
 import app
 import tracking
+from tracking import Detections
 
 SEEDS = (7, 8)
 THRESHOLD = 0.30
@@ -18,7 +19,7 @@ BATCH = 16  # frames that are numbered together
 
 
 @pytest.fixture(scope="module")
-def videos() -> list[tuple[list[scenes.SceneFrame], list[np.ndarray]]]:
+def videos() -> list[tuple[list[scenes.SceneFrame], list[Detections]]]:
     """The rendered frames, and the detections that are shown on them."""
     return [scenes.render_and_detect(app.DETECTOR, kind, seed) for kind in scenes.KINDS for seed in SEEDS]
 
@@ -28,17 +29,17 @@ def sightings(videos) -> list[tuple[Counter, list[tuple[int, int]], Counter]]:
     """For each video: sightings by class and number, true object and number of each that is right, and of the truth."""
     results = []
     for frames, found in videos:
-        shown = [detections[detections[:, 4] > THRESHOLD] for detections in found]
+        shown = [detections[detections.confidence > THRESHOLD] for detections in found]
         tracker, is_cut = tracking.ObjectTracker(scenes.FPS), tracking.CutFinder()
         cuts, numbers = [is_cut(frame.image) for frame in frames], []
         for start in range(0, len(frames), BATCH):
             objects = tracker.update(shown[start : start + BATCH], cuts[start : start + BATCH])
-            numbers += [found[:, 6].astype(int) for found in objects]
+            numbers += [found.tracker_id for found in objects]
         counted, right, truth = Counter(), [], Counter()
         for frame, detections, number in zip(frames, shown, numbers, strict=True):
-            counted.update(zip(detections[:, 5], number, strict=True))
-            truth.update(frame.truth[:, 5])
-            right += [(frame.truth[j, 5], number[i]) for i, j in scenes.match(detections, frame.truth)]
+            counted.update(zip(detections.class_id, number, strict=True))
+            truth.update(frame.truth.tracker_id)
+            right += [(frame.truth.tracker_id[j], number[i]) for i, j in scenes.match(detections, frame.truth)]
         results.append((counted, right, truth))
     return results
 
@@ -83,44 +84,48 @@ def test_a_fast_pan_is_not_a_cut(fps):
             assert not is_cut(wide[:, left : left + 480])
 
 
-def detection(x: float, label: int = 0, score: float = 0.9) -> list[float]:
-    return [x, 0.4, x + 0.1, 0.6, score, label]
+NOTHING = Detections.empty()
 
 
-def on_the_way(count: int, start: float = 0.1, label: int = 0) -> list[np.ndarray]:
-    return [np.array([detection(start + 0.01 * index, label)], np.float32) for index in range(count)]
+def one(x: float, y: float = 0.4, width: float = 0.1, class_id: int = 0) -> Detections:
+    """A frame with a single detection."""
+    box = np.array([[x, y, x + width, y + 0.2]], np.float32)
+    return Detections(box, np.array([0.9], np.float32), np.array([class_id]))
 
 
-def numbers_on(frames: list[np.ndarray], cut: int | None = None, fps: float = 12) -> list[list[int]]:
+def on_the_way(count: int, start: float = 0.1, class_id: int = 0) -> list[Detections]:
+    return [one(start + 0.01 * index, class_id=class_id) for index in range(count)]
+
+
+def numbers_on(frames: list[Detections], cut: int | None = None, fps: float = 12) -> list[list[int]]:
     tracker = tracking.ObjectTracker(fps)
     tracked = tracker.update(frames, [index == cut for index in range(len(frames))])
-    return [objects[:, 6].astype(int).tolist() for objects in tracked]
+    return [detections.tracker_id.tolist() for detections in tracked]
 
 
 def test_each_class_counts_from_one():
-    frames = [np.concatenate(pair) for pair in zip(on_the_way(6), on_the_way(6, label=3), strict=True)]
+    frames = [Detections.merge(pair) for pair in zip(on_the_way(6), on_the_way(6, class_id=3), strict=True)]
     assert numbers_on(frames) == [[1, 1]] * 6
 
 
 def test_a_second_object_of_a_class_is_number_two():
-    frames = [np.concatenate(pair) for pair in zip(on_the_way(6), on_the_way(6, start=0.7), strict=True)]
+    frames = [Detections.merge(pair) for pair in zip(on_the_way(6), on_the_way(6, start=0.7), strict=True)]
     assert numbers_on(frames)[0] in ([1, 2], [2, 1])
     assert numbers_on(frames)[1:] == numbers_on(frames)[:-1]
 
 
 @pytest.mark.parametrize("fps", [2, 12, 60])
 def test_a_number_outlasts_a_gap_of_a_second(fps):
-    nothing, gap = np.empty((0, 6), np.float32), round(fps)
-    frames = [np.array([detection(0.4)], np.float32)] * (2 * round(fps))
-    assert numbers_on([*frames, *[nothing] * gap, *frames], fps=fps) == [[1]] * len(frames) + [[]] * gap + [[1]] * len(
-        frames
-    )
+    seen, away = [one(0.4)] * (2 * round(fps)), [NOTHING] * round(fps)
+    numbers = [[1]] * len(seen)
+    assert numbers_on([*seen, *away, *seen], fps=fps) == [*numbers, *[[]] * len(away), *numbers]
 
 
 def test_an_object_may_leave_and_come_back_at_another_height():
-    out = [np.array([[0, 0.4, 0.1 - 0.015 * index, 0.6, 0.9, 0]], np.float32) for index in range(6)]
-    back = [found + np.array([0, 0.12, 0, 0.12, 0, 0], np.float32) for found in reversed(out)]
-    assert numbers_on([*out, *[np.empty((0, 6), np.float32)] * 5, *back]) == [[1]] * 6 + [[]] * 5 + [[1]] * 6
+    widths = [0.1 - 0.015 * index for index in range(6)]
+    out = [one(0, width=width) for width in widths]
+    back = [one(0, y=0.52, width=width) for width in reversed(widths)]
+    assert numbers_on([*out, *[NOTHING] * 5, *back]) == [[1]] * 6 + [[]] * 5 + [[1]] * 6
 
 
 def test_after_a_cut_an_object_is_another_one():
@@ -128,9 +133,8 @@ def test_after_a_cut_an_object_is_another_one():
 
 
 def test_what_flickers_has_no_number():
-    flicker = np.array([detection(0.7)], np.float32)
     frames = on_the_way(12)
-    frames[5] = np.concatenate((frames[5], flicker))
+    frames[5] = Detections.merge((frames[5], one(0.7)))
     assert numbers_on(frames)[5] == [1, 0]
 
 
@@ -138,14 +142,14 @@ def test_a_tracker_that_was_pickled_goes_on():
     tracker = tracking.ObjectTracker(12)
     tracker.update(on_the_way(6), [False] * 6)
     copy = pickle.loads(pickle.dumps(tracker))
-    assert copy.update(on_the_way(1, start=0.16), [False])[0][:, 6].tolist() == [1]
+    assert copy.update(on_the_way(1, start=0.16), [False])[0].tracker_id.tolist() == [1]
 
 
 def test_the_tracker_does_not_grow_with_the_video():
     tracker, rng = tracking.ObjectTracker(12), np.random.default_rng(4)
     sizes = []
     for _ in range(40):  # 40 objects come and go, 48 frames each
-        frames = on_the_way(24, start=rng.uniform(0, 0.6)) + [np.empty((0, 6), np.float32)] * 24
+        frames = on_the_way(24, start=rng.uniform(0, 0.6)) + [NOTHING] * 24
         tracker.update(frames, [False] * 48)
         sizes.append(len(pickle.dumps(tracker)))
     assert sizes[-1] <= sizes[0] + 100

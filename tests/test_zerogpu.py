@@ -177,4 +177,5 @@ def test_an_update_can_be_pickled(tmp_path):
     assert len(again.frames) > 0
     for frame, frame_again in zip(update.frames, again.frames, strict=True):
         assert frame_again[:3] == frame[:3]
-        assert np.array_equal(frame_again.detections, frame.detections)
+        for name in ("xyxy", "confidence", "class_id", "tracker_id"):
+            assert np.array_equal(getattr(frame_again.drawn, name), getattr(frame.drawn, name))
