@@ -1,7 +1,7 @@
 """Streaming object detection on video with RT-DETR.
 
 Read from top to bottom, this file follows the data: settings, model, the `@spaces.GPU` generator, results, runs, page.
-Files and frames are in `video.py`, drawing is in `draw_boxes.py`.
+Files and frames are in `video.py`, the queue and background threads in `runs.py`, drawing is in `draw_boxes.py`.
 
 - A frame gets its time in `video._opencv_frames` or `video._pyav_frames`; `video.sample_frames` chooses by it.
 - `select_detections` filters the boxes by threshold and class.
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import contextvars
 import errno
 import itertools
 import json
@@ -26,15 +25,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections import defaultdict, deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
 from inspect import unwrap
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import spaces  # isort: skip  # before torch: on ZeroGPU it emulates CUDA outside the GPU function
 
@@ -54,10 +51,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 
 from draw_boxes import draw_bounding_boxes, label_color
+from runs import BusyError, Prefetcher, Run, RunQueue
 from tracking import CutFinder, Detections, ObjectTracker, fill_gaps
 from video import CPU_COUNT, AudioReader, ChunkWriter, Frame, VideoError, join_chunks, read_video_info, sample_frames
 
-T = TypeVar("T")
 log = logging.getLogger("rt-detr-stream")
 
 # ------------------------------------------------------------------------------------------------------- settings
@@ -331,8 +328,8 @@ def stream_object_detection(
         chunk_frames = step * max(1, round(CHUNK_SECONDS * fps / step))
         end, tracker = (after.output_frames, after.tracker) if after else (0, ObjectTracker(fps))
         audio = AudioReader(info, end / fps) if info.audio_channels else None
-        batches = prefetch(read_batches(sample_frames(info, fps, scale, end), end, step, chunk_frames))
-        detected = prefetch(detect_batches(batches, cached, step, began + budget_seconds - GPU_RESERVE_SECONDS))
+        batches = Prefetcher(read_batches(sample_frames(info, fps, scale, end), end, step, chunk_frames))
+        detected = Prefetcher(detect_batches(batches, cached, step, began + budget_seconds - GPU_RESERVE_SECONDS))
         with contextlib.closing(detected):
             for first in detected:
                 found = []
@@ -427,43 +424,6 @@ def draw(image: np.ndarray, detections: Detections, trails: Sequence[np.ndarray]
     draw_bounding_boxes(image, boxes, detections.confidence, labels, numbers, trails)
 
 
-# By process id, because a forked process has none of its parent's threads, and by niceness. They never end: a thread
-# that ends takes a lock of OpenCV's, and a process that ZeroGPU forks in that moment would wait for it forever.
-IDLE_THREADS: defaultdict[tuple[int, int], deque[ThreadPoolExecutor]] = defaultdict(deque)
-
-
-def prefetch(items: Generator[T], heartbeat_seconds: float | None = None) -> Generator[T | None]:
-    """Yields the same items, computing the next one in a thread while the caller uses the current one.
-
-    Closing does not wait for the item in progress; `items` is closed after it.
-
-    Args:
-        heartbeat_seconds: After this long without an item, None is yielded.
-    """
-    # Delivering chunks takes priority over preparing more: the first one arrives 20 % sooner.
-    niceness = 10 if heartbeat_seconds else 19
-    idle = IDLE_THREADS[os.getpid(), niceness]
-    try:
-        thread = idle.pop()
-    except IndexError:
-        thread = ThreadPoolExecutor(1, "prefetch")
-        if sys.platform == "linux":  # elsewhere, this would be the whole process
-            thread.submit(os.setpriority, os.PRIO_PROCESS, 0, niceness)
-    context, end = contextvars.copy_context(), object()  # the context has the visitor's request, which ZeroGPU reads
-    item = thread.submit(context.run, next, items, end)
-    try:
-        while True:
-            if not wait([item], heartbeat_seconds).done:
-                yield None
-            elif (result := item.result()) is end:
-                return
-            else:
-                item = thread.submit(context.run, next, items, end)
-                yield result
-    finally:
-        thread.submit(items.close).add_done_callback(lambda _: idle.append(thread))
-
-
 # -------------------------------------------------------------------------------------------------------- results
 
 
@@ -484,7 +444,7 @@ def step_to_keep_up(video: str, modified: float, resolution: str) -> int:
     Decided once per video, so that later runs find the same frames in the cache. The runs in progress share the model.
     """
     fps = read_video_info(video).fps / RESOLUTIONS[resolution]
-    runs = max(1, min(len(QUEUE), CONCURRENT_RUNS))
+    runs = max(1, min(len(RUNS), CONCURRENT_RUNS))
     needed = math.ceil(DETECTOR.seconds_per_frame * runs * fps / KEEP_UP_SHARE)
     return max(1, min(needed, int(MAX_GAP_SECONDS * fps)))
 
@@ -511,7 +471,7 @@ class Report:
         file = (video, os.path.getmtime(video), resolution)
         self.cached, self.step = cached_detections(*file), step_to_keep_up(*file) if analysed == KEEP_UP else 1
         self.chunks: list[str] = []
-        self.folder, self.failure, self.waits_for_gpu = "", None, False
+        self.folder, self.waits_for_gpu = "", False
         self.output_frames, self.is_end = 0, False
         self._started, self._source_size, self._picture = time.monotonic(), (None, None), ""
         # A float32 (N, 9) array per frame, by source index: `COLUMNS`, with the label's number.
@@ -644,49 +604,20 @@ class Report:
 # ----------------------------------------------------------------------------------------------------------- runs
 
 
-@dataclass(eq=False)
-class Run:
-    """A session's run, from queueing to its end."""
-
-    session: object
-    is_stopped: bool = False
-    sending: threading.Lock = field(default_factory=threading.Lock)  # held while Gradio sends an output
-
-    @property
-    def is_replaced(self) -> bool:
-        return QUEUE.get(self.session) is not self
+RUNS = RunQueue(CONCURRENT_RUNS, MAX_RUNS)
 
 
-QUEUE: dict[object, Run] = {}  # by session, in the order of arrival; the first `CONCURRENT_RUNS` are in progress
-QUEUE_LOCK = threading.Lock()
-
-
-@contextlib.contextmanager
-def new_run(session: object) -> Iterator[Run]:
-    """Queues a run, or replaces the session's previous one, as soon as Gradio has sent that one's last output."""
-    run = Run(session)
-    with run.sending:  # a successor waits for those before, too
-        with QUEUE_LOCK:
-            previous = QUEUE.get(session)
-            if not previous and len(QUEUE) >= MAX_RUNS:
-                raise gr.Error("Too many people are using this app. Try again in a few minutes.", title="Busy")
-            QUEUE[session] = run
-        if previous:
-            previous.is_stopped = True
-            with previous.sending:
-                pass
+def new_run(session: object) -> Run:
+    """As `RunQueue.new_run`, with a sentence for the visitor if the queue is full."""
     try:
-        yield run
-    finally:
-        with QUEUE_LOCK:
-            if not run.is_replaced:
-                del QUEUE[session]
+        return RUNS.new_run(session)
+    except BusyError:
+        message = "Too many people are using this app. Try again in a few minutes."
+        raise gr.Error(message, title="Busy") from None
 
 
 def stop_run(request: gr.Request) -> None:
-    """Ends the session's run. Everything that it has streamed stays."""
-    if run := QUEUE.get(request.session_hash):
-        run.is_stopped = True
+    RUNS.stop(request.session_hash)
 
 
 def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dict[gr.Component, object]]:
@@ -700,31 +631,34 @@ def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dic
         gr.Error: At the end, if something failed.
     """
     try:
-        while not run.is_stopped and (position := list(QUEUE).index(run.session) - CONCURRENT_RUNS + 1) > 0:
+        while not run.is_stopped and (position := RUNS.position(run)) > 0:
             yield {status: f"Waiting in the queue: position {position}."}
             time.sleep(HEARTBEAT_SECONDS)
         yield {status: "Reading the video…"}
-        report = Report(*settings)
-        with contextlib.closing(prefetch(stream_to_folder(report, join_seconds), HEARTBEAT_SECONDS)) as updates:
-            while not (run.is_stopped or report.is_end or report.failure):
-                if update := next(updates):
-                    report.add(update)
-                    yield {player: update.chunk}
-                    yield from report.results()
-                yield {status: report.status(), progress: report.progress()}
-            ended = "Ended early" if report.failure else "Stopped" if run.is_stopped else "Done"
+        report, failure = Report(*settings), None
+        with contextlib.closing(prefetch_chunks(report, join_seconds)) as updates:
+            try:
+                while not (run.is_stopped or report.is_end):
+                    if update := next(updates):
+                        report.add(update)
+                        yield {player: update.chunk}
+                        yield from report.results()
+                    yield {status: report.status(), progress: report.progress()}
+            except Exception as error:
+                failure = user_facing_error(error)
+            ended = "Ended early" if failure else "Stopped" if run.is_stopped else "Done"
             yield {status: report.status(ended), progress: report.progress(), **buttons(running=False)}
             report.warn_if_damaged()
             if report.chunks:
                 yield {files: report.save()}
             else:  # the table and the plot may be those of the run before
                 yield from report.results()
-        if report.failure:
+        if failure:
             if report.chunks:
-                report.failure.message += (
+                failure.message += (
                     f" The first {report.seconds:.0f} seconds are complete. Press “Run again” to resume from there."
                 )
-            raise report.failure
+            raise failure
     except Exception as error:
         error = user_facing_error(error)
         error.visible = error.print_exception = False  # the status line and the log have it
@@ -732,18 +666,17 @@ def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dic
         raise error from None
 
 
-def stream_to_folder(report: Report, join_seconds: float = 0) -> Generator[StreamUpdate | None]:
-    """Streams a video to its end. An error becomes the report's failure.
-
-    After that, it yields None until it is closed, which removes the chunks with `report.folder`.
-    """
-    with tempfile.TemporaryDirectory(prefix="chunks-") as report.folder:
-        try:
-            yield from stream_across_calls(report, join_seconds)
-        except Exception as error:
-            report.failure = user_facing_error(error)
-        while True:
-            yield None
+def prefetch_chunks(report: Report, join_seconds: float = 0) -> Prefetcher[StreamUpdate]:
+    """Streams a video to its end, one chunk ahead. When it is closed, its chunks are removed with `report.folder`."""
+    folder = tempfile.TemporaryDirectory(prefix="chunks-")
+    report.folder = folder.name
+    # Delivering chunks takes priority over preparing more: the first one arrives 20 % sooner.
+    return Prefetcher(
+        stream_across_calls(report, join_seconds),
+        niceness=10,
+        heartbeat_seconds=HEARTBEAT_SECONDS,
+        clean_up=folder.cleanup,
+    )
 
 
 def stream_across_calls(report: Report, join_seconds: float) -> Generator[StreamUpdate]:
@@ -836,10 +769,11 @@ def stream_to_page(
             settings = (video, conf_threshold, classes, resolution, analysed, tracks)
             updates = follow(run, *settings, join_seconds=playhead_seconds)
         for values in itertools.chain([first], updates):
-            with run.sending:
-                if run.is_replaced:
-                    break
-                yield values
+            run.is_sending = True  # before the check: the next run, which does it the other way round, waits for this
+            if run.is_replaced:
+                break
+            yield values
+            run.is_sending = False
     # When a run ends, Gradio sends its last output again, perhaps after the next run's first one, so it must change
     # nothing. If a run yielded nothing at all, Gradio would empty all components.
     yield {status: gr.skip()}

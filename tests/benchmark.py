@@ -130,6 +130,7 @@ class Side:
         if job.side == "app":
             sys.path.insert(0, str(ROOT))
             import app  # loads its model, so not in the guide's processes
+            from runs import Prefetcher
 
             app.prefer_bundled_ffmpeg()
             self.model = app.DETECTOR.model
@@ -141,7 +142,7 @@ class Side:
                 updates = app.stream_object_detection(
                     video, CONF_THRESHOLD, (), job.resolution, step=self.step, folder=folder
                 )
-                for update in app.prefetch(updates):
+                for update in Prefetcher(updates):
                     yield update.chunk
 
             self.stream = stream

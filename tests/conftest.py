@@ -112,10 +112,9 @@ def page(browser, server) -> Iterator[Page]:
 
 def busy_threads() -> set[threading.Thread]:
     """The threads of this process, without those of the app that wait to be used again."""
-    import app
+    import runs
 
-    idle = [pool for pools in list(app.IDLE_THREADS.values()) for pool in list(pools)]
-    return set(threading.enumerate()).difference(*(pool._threads for pool in idle))
+    return set(threading.enumerate()).difference(*(list(idle) for idle in list(runs.IDLE_THREADS.values())))
 
 
 @pytest.fixture

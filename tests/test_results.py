@@ -2,12 +2,12 @@
 
 import csv
 import json
-import os
 import pickle
 import shutil
 from contextlib import closing
 from pathlib import Path
 
+import gradio as gr
 import numpy as np
 import pytest
 import shapes
@@ -29,15 +29,12 @@ def video(tmp_path):
 def run(video, conf_threshold=0.3, classes=(), resolution=app.HALF, save_to=None, analysed="Every frame"):
     """The report of a whole run, as the page makes it. Its files are copied to the folder `save_to`."""
     report = app.Report(video, conf_threshold, classes, resolution, analysed)
-    with closing(app.stream_to_folder(report)) as updates:
-        while not report.is_end and not report.failure:
+    with closing(app.prefetch_chunks(report)) as updates:
+        while not report.is_end:
             if update := next(updates):
                 report.add(update)
         if save_to:
             report.saved = [shutil.copy(path, save_to) for path in report.save()]
-    assert not os.path.exists(report.folder)
-    if report.failure:
-        raise report.failure
     return report
 
 
@@ -68,8 +65,9 @@ def test_a_file_that_changes_is_detected_again(video, tmp_path, monkeypatch):
 def test_a_restart_in_mid_stream_costs_only_the_rest(video, monkeypatch, new_threads):
     passes = count_passes(monkeypatch)
     report = app.Report(video, 0.3, (), app.HALF)
-    updates = app.stream_to_folder(report)
-    next(updates)
+    updates = app.prefetch_chunks(report)
+    while not next(updates):
+        pass
     updates.close()
     assert all_end(new_threads)
     run(video, 0.6)
@@ -200,8 +198,8 @@ def test_a_failure_comes_after_everything_that_was_found(video, monkeypatch):
 
     detect = app.DETECTOR._forward_pass
     monkeypatch.setattr(app.DETECTOR, "_forward_pass", failing)
-    with closing(app.stream_to_folder(report)) as updates:
-        while update := next(updates):
-            report.add(update)
-    assert "Something went wrong" in report.failure.message
+    with closing(app.prefetch_chunks(report)) as updates, pytest.raises(gr.Error, match="Something went wrong"):
+        while True:
+            if update := next(updates):
+                report.add(update)
     assert report.output_frames == 30, "the first chunk"

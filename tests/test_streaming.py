@@ -17,6 +17,7 @@ from videos import Kind, read_chunks, read_number
 
 import app
 from draw_boxes import label_color
+from runs import Prefetcher
 
 EXAMPLE = app.EXAMPLES / "bouncing-shapes.mp4"
 
@@ -330,7 +331,7 @@ class SlowSteps:
 def test_prefetching_keeps_the_items_and_makes_the_next_one_meanwhile():
     steps = SlowSteps(0.1)
     began = time.monotonic()
-    for expected, number in enumerate(app.prefetch(steps.items)):
+    for expected, number in enumerate(Prefetcher(steps.items)):
         assert number == expected
         time.sleep(0.1)
     assert time.monotonic() - began < 0.8, "one after the other, this takes a second"
@@ -339,7 +340,7 @@ def test_prefetching_keeps_the_items_and_makes_the_next_one_meanwhile():
 
 def test_prefetching_is_one_item_ahead_but_no_more():
     steps = SlowSteps(0)
-    with closing(app.prefetch(steps.items)) as items:
+    with closing(Prefetcher(steps.items)) as items:
         assert next(items) == 0
         time.sleep(0.1)
         assert steps.log == ["begins 0", "ends 0", "begins 1", "ends 1"]
@@ -347,7 +348,7 @@ def test_prefetching_is_one_item_ahead_but_no_more():
 
 def test_closing_does_not_wait_for_the_step_at_hand_after_which_the_items_are_closed(new_threads):
     steps = SlowSteps(0.5)
-    items = app.prefetch(app.prefetch(steps.items))
+    items = Prefetcher(Prefetcher(steps.items))
     assert next(items) == 0
     began = time.monotonic()
     items.close()
@@ -365,9 +366,9 @@ def test_the_threads_do_not_end_but_are_used_again(new_threads):
         yield threading.current_thread()
         yield threading.current_thread()
 
-    first, second = app.prefetch(threads())
+    first, second = Prefetcher(threads())
     assert all_end(new_threads)
-    third, fourth = app.prefetch(threads())
+    third, fourth = Prefetcher(threads())
     assert first is second is third is fourth
     assert first.is_alive()
 
@@ -377,7 +378,7 @@ def test_an_error_while_prefetching_comes_in_its_place():
         yield 1
         raise ValueError("broken")
 
-    items = app.prefetch(failing())
+    items = Prefetcher(failing())
     assert next(items) == 1
     with pytest.raises(ValueError, match="broken"):
         next(items)

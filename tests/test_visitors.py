@@ -181,7 +181,7 @@ def video(tmp_path):
 
 
 def test_a_run_that_waits_says_its_position_and_can_be_stopped(video, monkeypatch):
-    monkeypatch.setattr(app, "CONCURRENT_RUNS", 0)
+    monkeypatch.setattr(app.RUNS, "concurrent", 0)
     lines = []
     with ThreadPoolExecutor() as pool:
         run = pool.submit(watch, "a", video, lines)
@@ -191,11 +191,11 @@ def test_a_run_that_waits_says_its_position_and_can_be_stopped(video, monkeypatc
         run.result(timeout=2)
     assert lines[0] == "Waiting in the queue: position 1."
     assert lines[-1].startswith("Stopped: 0.0 s of video")
-    assert not app.QUEUE
+    assert len(app.RUNS) == 0
 
 
 def test_runs_beyond_the_limit_wait_for_their_turn(video, monkeypatch):
-    monkeypatch.setattr(app, "CONCURRENT_RUNS", 1)
+    monkeypatch.setattr(app.RUNS, "concurrent", 1)
     lines = {session: [] for session in "abc"}
     with ThreadPoolExecutor() as pool:
         for session in lines:
@@ -203,33 +203,35 @@ def test_runs_beyond_the_limit_wait_for_their_turn(video, monkeypatch):
             time.sleep(0.05)
     assert all(status[-1].startswith("Done: 2.3 s") for status in lines.values())
     assert "position 1" in lines["b"][0] and "position 2" in lines["c"][0]
-    assert not app.QUEUE
+    assert len(app.RUNS) == 0
 
 
 def test_a_full_queue_gets_a_sentence(video, monkeypatch):
-    monkeypatch.setattr(app, "MAX_RUNS", 0)
+    monkeypatch.setattr(app.RUNS, "limit", 0)
     with pytest.raises(gr.Error) as error:
         watch("a", video, [])
     assert error.value.message == "Too many people are using this app. Try again in a few minutes."
-    assert not app.QUEUE
+    assert len(app.RUNS) == 0
 
 
 def test_in_a_full_queue_a_session_may_replace_its_own_run(video, monkeypatch):
-    monkeypatch.setattr(app, "MAX_RUNS", 1)
+    monkeypatch.setattr(app.RUNS, "limit", 1)
     with app.new_run("a") as replaced:
         with pytest.raises(gr.Error), app.new_run("b"):
             pass
         with app.new_run("a") as run:
-            assert list(app.QUEUE.values()) == [run]
             assert replaced.is_stopped and replaced.is_replaced
+            assert not run.is_stopped and not run.is_replaced
+            assert len(app.RUNS) == 1
 
 
-def test_a_session_keeps_its_place_in_the_queue():
-    with app.new_run("a"), app.new_run("b"):
-        with app.new_run("a"):
-            assert list(app.QUEUE) == ["a", "b"]
-        assert list(app.QUEUE) == ["b"]
-    assert not app.QUEUE
+def test_a_session_keeps_its_place_in_the_queue(monkeypatch):
+    monkeypatch.setattr(app.RUNS, "concurrent", 1)
+    with app.new_run("a"), app.new_run("b") as other:
+        with app.new_run("a") as run:
+            assert [app.RUNS.position(each) for each in (run, other)] == [0, 1]
+        assert app.RUNS.position(other) == 0
+    assert len(app.RUNS) == 0
 
 
 def test_a_run_sends_nothing_while_gradio_still_sends_the_last_output_of_the_one_before(video):
@@ -247,7 +249,7 @@ def test_a_run_sends_nothing_while_gradio_still_sends_the_last_output_of_the_one
         assert app.player in output.result(timeout=10)
         third.close()
         assert replaced.result(timeout=10) == {app.status: gr.skip()}
-    assert not app.QUEUE
+    assert len(app.RUNS) == 0
 
 
 def test_of_two_runs_that_start_in_the_same_moment_the_second_one_stays(video):
@@ -258,7 +260,7 @@ def test_of_two_runs_that_start_in_the_same_moment_the_second_one_stays(video):
         pool.submit(watch, "a", video, second)
     assert not first
     assert second[-1].startswith("Done")
-    assert not app.QUEUE
+    assert len(app.RUNS) == 0
 
 
 def test_the_page_loads_within_a_second_while_forty_visitors_wait_or_watch(server, tmp_path):

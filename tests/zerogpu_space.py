@@ -8,6 +8,7 @@ entry of the report, which test_zerogpu.py checks.
 # ruff: noqa: E402
 
 import contextlib
+import glob
 import json
 import multiprocessing
 import os
@@ -132,15 +133,19 @@ def new_report(video: str, conf_threshold: float = 1.0) -> app.Report:
 
 def watch(report: app.Report, after_each=do_nothing) -> dict:
     """A run from its beginning to its end: what the chunks show, and what went wrong."""
-    numbers, samples = [], 0
-    with contextlib.closing(app.stream_to_folder(report)) as updates:
-        while update := next(updates):
-            report.add(update)
-            output = read_chunks([update.chunk])
-            numbers += [read_number(picture) for picture in output.pictures]
-            samples += len(output.audio)
-            after_each(update)
-    error = report.failure
+    numbers, samples, error = [], 0, None
+    with contextlib.closing(app.prefetch_chunks(report)) as updates:
+        try:
+            while not report.is_end:
+                if update := next(updates):
+                    report.add(update)
+                    output = read_chunks([update.chunk])
+                    numbers += [read_number(picture) for picture in output.pictures]
+                    samples += len(output.audio)
+                    after_each(update)
+        except app.gr.Error as failure:
+            error = failure
+    seconds_until(lambda: not os.path.exists(report.folder))  # the background thread removes it
     return {
         "numbers": numbers,
         "samples": samples,
@@ -155,7 +160,8 @@ def record(platform: Platform) -> dict:
 
 
 def temporary_files() -> list[str]:
-    return [str(path) for path in Path(os.environ["TMPDIR"]).rglob("chunk*")]
+    # Unlike `Path.rglob`, it goes on if a folder is removed meanwhile.
+    return glob.glob(f"{os.environ['TMPDIR']}/**/chunk*", recursive=True)
 
 
 def seconds_until(condition, limit: float = 15) -> float:
@@ -217,7 +223,7 @@ def visitor_who_leaves(video: str, platform: Platform) -> dict:
     long_video = str(Kind("long", frames=1500).make(FOLDER))
 
     def leave_after_a_chunk() -> float:
-        updates = app.prefetch(app.stream_to_folder(new_report(long_video)), app.HEARTBEAT_SECONDS)
+        updates = app.prefetch_chunks(new_report(long_video))
         while not next(updates):
             pass
         began = time.monotonic()
@@ -237,7 +243,7 @@ def visitor_who_leaves_while_waiting(video: str, platform: Platform) -> dict:
 
     def leave_after_a_second() -> tuple[int, bool, float]:
         report, heartbeats, said_so, began = new_report(video), 0, False, time.monotonic()
-        updates = app.prefetch(app.stream_to_folder(report), app.HEARTBEAT_SECONDS)
+        updates = app.prefetch_chunks(report)
         for update in updates:
             heartbeats += update is None
             said_so = said_so or "Waiting for a GPU" in report.status()
