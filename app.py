@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import lru_cache
@@ -125,13 +125,12 @@ class Detector:
         self.input_size = (processor.size.height, processor.size.width)
         model = AutoModelForObjectDetection.from_pretrained(folder, dtype=torch.float32).eval()
         self.model = model.to(DEVICE)
-        self.autocast = torch.autocast("cuda", torch.float16, enabled=HAS_CUDA)
+        self.half_dtype = half_dtype()
+        self._optimize()
         self.passes_at_once = CPU_COUNT if DEVICE.type == "cpu" else 1
         self.batch_frames = self.passes_at_once * max(1, PASS_PIXELS[DEVICE.type] // math.prod(self.input_size))
         self._lock = threading.Lock()  # visitors take turns: two passes at once take twice the memory
         self.seconds_per_frame = 0.0  # negligible on CUDA, so not measured there
-        if DEVICE.type == "cpu":
-            optimize_for_cpu(model)
         if not HAS_CUDA:
             frames = [np.zeros((*self.input_size, 3), np.uint8)] * self.batch_frames
             for _ in range(2):  # the first pass is slower
@@ -159,20 +158,26 @@ class Detector:
     @torch.inference_mode()
     def _forward_pass(self, frames: list[np.ndarray]) -> list[Detections]:
         pixels = self._preprocess(frames)
-        with self.autocast:
-            outputs = self.model(pixel_values=pixels)
-        outputs.logits, outputs.pred_boxes = outputs.logits.float().cpu(), outputs.pred_boxes.float().cpu()
+        outputs = self.model(pixel_values=pixels)
+        if self.half_dtype == torch.float16 and not outputs.logits.isfinite().all():
+            log.warning("%s exceeds the range of float16 on some frames; these run again in float32.", self.name)
+            self.half_dtype = None
+            try:
+                outputs = self.model(pixel_values=pixels)
+            finally:
+                self.half_dtype = torch.float16
         results = self.processor.post_process_object_detection(outputs, threshold=MIN_SCORE)
-        return [Detections(*(r[key].numpy() for key in ("boxes", "scores", "labels"))) for r in results]
+        return [Detections(*(r[key].cpu().numpy() for key in ("boxes", "scores", "labels"))) for r in results]
 
     def _preprocess(self, frames: list[np.ndarray]) -> torch.Tensor:
         """Resizes and rescales as the official processor does: BGR uint8 NHWC in, RGB float32 NCHW out.
 
         On uint8, the antialiased bilinear resize gives the same bytes as PIL, at less than half the time.
         """
-        batch = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+        batch = [torch.from_numpy(frame) for frame in frames]
         if DEVICE.type == "cuda":  # where the uint8 resize does not exist
-            batch = batch.to(DEVICE).float()
+            batch = [frame.to(DEVICE).float() for frame in batch]
+        batch = torch.stack(batch).permute(0, 3, 1, 2)
         batch = F.interpolate(batch, self.input_size, mode="bilinear", antialias=True).flip(1).to(DEVICE).float()
         if self.processor.do_rescale:
             batch = batch * self.processor.rescale_factor
@@ -182,26 +187,48 @@ class Detector:
             batch = (batch - mean) / std
         return batch
 
+    @torch.no_grad()
+    def _optimize(self) -> None:
+        """Uses channels last and in-place activations, folds the batch norms, and halves the precision of the backbone
+        and the encoder.
 
-@torch.no_grad()
-def optimize_for_cpu(model: torch.nn.Module) -> None:
-    """Uses channels last and in-place activations, then bfloat16 before the decoder, or else folds the batch norms.
+        The decoder stays in float32: it chooses between queries that are nearly alike (in bfloat16, 2 % of the
+        detections changed), and its values can exceed the range of float16.
+        """
+        if DEVICE.type == "cpu":
+            torch.set_num_threads(1)  # per pass
+        self.model.to(memory_format=torch.channels_last)
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.ReLU):
+                module.inplace = True
+        if self.half_dtype != torch.bfloat16:
+            fold_batch_norms(self.model)
+        if self.half_dtype:
+            model = self.model.model
+            for part in (model.backbone, model.encoder):
+                part.forward = self._in_half_precision(part.forward)
+            for projection in (*model.encoder_input_proj, *model.decoder_input_proj):
+                projection.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
 
-    R18 on two cores of an AMD EPYC: 380 ms per frame as it is, 219 ms optimized, 141 ms in bfloat16. The decoder stays
-    in float32, because it chooses between queries that are nearly alike: in bfloat16, 2 % of the detections changed.
-    """
-    torch.set_num_threads(1)  # per pass
-    model.to(memory_format=torch.channels_last)
-    for module in model.modules():
-        if isinstance(module, torch.nn.ReLU):
-            module.inplace = True
+    def _in_half_precision(self, forward: Callable) -> Callable:
+        def wrapper(*args: object, **kwargs: object) -> object:
+            with torch.autocast(DEVICE.type, self.half_dtype, enabled=self.half_dtype is not None):
+                return forward(*args, **kwargs)
+
+        return wrapper
+
+
+def half_dtype() -> torch.dtype | None:
+    """float16 on CUDA, bfloat16 on CPUs that have instructions for it."""
+    if DEVICE.type == "cuda":
+        return torch.float16
     cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.exists() and "avx512_bf16" in cpu_info.read_text():
-        for part in (model.model.backbone, model.model.encoder):
-            part.forward = torch.autocast("cpu", torch.bfloat16)(part.forward)
-        for projection in (*model.model.encoder_input_proj, *model.model.decoder_input_proj):
-            projection.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
-        return
+    is_fast = DEVICE.type == "cpu" and cpu_info.exists() and "avx512_bf16" in cpu_info.read_text()
+    return torch.bfloat16 if is_fast else None
+
+
+def fold_batch_norms(model: torch.nn.Module) -> None:
+    """Merges each batch norm into the convolution before it."""
     for module in model.modules():
         for (_, conv), (name, norm) in itertools.pairwise(list(module.named_children())):
             if isinstance(conv, torch.nn.Conv2d) and hasattr(norm, "running_mean"):

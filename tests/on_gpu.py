@@ -103,8 +103,7 @@ def check_parity(name: str, folder: str, detector: app.Detector) -> None:
     reference = AutoModelForObjectDetection.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
         theirs = reference(pixel_values=pixels.cpu().float())
-        with detector.autocast:
-            ours = detector.model(pixel_values=pixels)
+        ours = detector.model(pixel_values=pixels)
     ours_class, theirs_class = ours.enc_outputs_class.float().cpu(), theirs.enc_outputs_class
     count = reference.config.num_queries
     chosen, wanted = (c.max(-1).values.topk(count, dim=1).indices for c in (ours_class, theirs_class))
@@ -137,7 +136,7 @@ def check_detections(detector: app.Detector) -> None:
 def found_by(detector: app.Detector, frame: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Boxes (relative), scores and labels."""
     found = detector([frame])[0]
-    return found[:, :4], found[:, 4], found[:, 5]
+    return found.xyxy, found.confidence, found.class_id
 
 
 def check_out_of_memory(detector: app.Detector) -> None:
@@ -181,8 +180,7 @@ def measure_model(name: str, detector: app.Detector) -> None:
 
     @torch.inference_mode()
     def forward() -> None:
-        with detector.autocast:
-            detector.model(pixel_values=pixels)
+        detector.model(pixel_values=pixels)
 
     alone = median_ms(forward)
     row(
