@@ -40,7 +40,7 @@ NO_TIME = -(2**63)
 UNTAGGED, PQ, HLG = 2, 16, 18  # FFmpeg's numbers: an unknown matrix of YUV, and the transfer functions of HDR
 HDR_WHITE = 203  # cd/m², of paper in BT.2408
 HDR_KNEE = 0.5  # of white; brighter light is compressed
-BT2020_TO_SRGB = np.array([[1.1187, -0.1006, -0.0182], [-0.0083, 1.1329, -0.1246], [-0.0728, -0.5876, 1.6605]])  # BGR
+BT2020_TO_BT709 = np.array([[1.1187, -0.1006, -0.0182], [-0.0083, 1.1329, -0.1246], [-0.0728, -0.5876, 1.6605]])  # BGR
 AUDIO_RATE = 48_000  # samples per second in the chunks
 AUDIO_LAYOUTS = ("", "mono", "stereo")  # of the chunks, by the number of channels
 AUDIO_JUMP_SECONDS = 0.015  # a timestamp this far from the running sample count is a real gap: one lost packet
@@ -145,9 +145,11 @@ def _read_packets(path: str, modified: float) -> VideoInfo:
         if not packets:
             raise VideoError("The video track of this file is empty.")
         ticks, unit, key_ticks, held_ticks, is_counted = _timestamps(container, stream, np.reshape(packets, (-1, 4)))
+        header_rate = stream.average_rate if unit == stream.time_base else 1 / unit
         if not is_counted and frames and frames[0].interlaced_frame:
-            ticks = _without_second_fields(ticks, [frame.pts for frame in frames if frame.pts is not None])
-        fps = _frame_rate(ticks, unit, stream.average_rate if unit == stream.time_base else 1 / unit)
+            ticks, packet_ticks = _without_second_fields(ticks, [f.pts for f in frames if f.pts is not None]), ticks
+            header_rate = header_rate if len(ticks) == len(packet_ticks) else None  # it is that of the packets
+        fps = _frame_rate(ticks, unit, header_rate)
         start_seconds, end_seconds = float(int(ticks[0]) * unit), float(int(ticks[-1]) * unit)
         duration_seconds = end_seconds - start_seconds + float(max(held_ticks * unit, 1 / fps))
         if duration_seconds > MAX_HOURS * 3600:
@@ -171,7 +173,8 @@ def _read_packets(path: str, modified: float) -> VideoInfo:
             pts_seconds=(ticks - ticks[0]) * float(unit),
             start_seconds=start_seconds,
             duration_seconds=duration_seconds,
-            expected_seconds=max(duration_seconds + repair.lost_seconds, header_seconds),
+            # After a jump, the header's times mean nothing.
+            expected_seconds=max(duration_seconds + repair.lost_seconds, 0.0 if repair.has_jumps else header_seconds),
             pixel_aspect=pixel_aspect,
             has_jumps=repair.has_jumps,
             is_counted=is_counted,
@@ -240,6 +243,8 @@ class ClockRepair:
         tick, unit, track = packet.pts if packet.dts is None else packet.dts, packet.time_base, packet.stream.index
         if tick is None:
             return
+        if self._is_live and packet.pts is not None and abs(packet.pts - tick) * unit > MAX_LIVE_GAP_SECONDS:
+            packet.pts = tick + packet.duration  # FFmpeg gives a recording's last frame the time of the next recording
         seconds = float(tick * unit)
         part, last, end = self._tracks.get(track, (0, seconds, None))
         is_ahead = self._is_live and seconds > self._latest[part] + MAX_LIVE_GAP_SECONDS
@@ -399,9 +404,9 @@ def _finish(image: np.ndarray, size: Sequence[int], video: VideoInfo) -> np.ndar
     """A coded picture as a new uint8 BGR image: of a size (width and height before rotation), upright."""
     image = cv2.resize(image, size)  # bilinear: at half size, the mean of four pixels
     if image.dtype == np.uint16:
-        light, srgb = _hdr_tables(video.transfer)
-        image = cv2.transform(light[image], BT2020_TO_SRGB)
-        image = srgb[(image.clip(0, 1) * (len(srgb) - 1)).round().astype(np.uint16)]
+        light, values = _hdr_tables(video.transfer)
+        image = cv2.transform(light[image], BT2020_TO_BT709)
+        image = values[(image.clip(0, 1) * 65535).astype(np.uint16)]
     is_swapped, rows, columns = video.orientation
     return np.ascontiguousarray((image.swapaxes(0, 1) if is_swapped else image)[::rows, ::columns])
 
@@ -423,9 +428,7 @@ def _hdr_tables(transfer: int) -> tuple[np.ndarray, np.ndarray]:
     light /= HDR_WHITE
     excess = np.maximum(light - HDR_KNEE, 0) / (1 - HDR_KNEE)
     light = np.minimum(light, HDR_KNEE) + (1 - HDR_KNEE) * excess * (1 + excess / excess[-1] ** 2) / (1 + excess)
-    srgb = np.linspace(0, 1, 2**12)
-    srgb = np.where(srgb < 0.0031308, 12.92 * srgb, 1.055 * srgb ** (1 / 2.4) - 0.055)
-    return light.astype(np.float32), (255 * srgb).round().astype(np.uint8)
+    return light.astype(np.float32), (255 * value ** (1 / 2.4)).round().astype(np.uint8)  # a screen's gamma, BT.1886
 
 
 def _read_frames(video: VideoInfo, start: int, is_wanted: np.ndarray) -> Iterator[tuple[int, np.ndarray | None]]:
@@ -457,7 +460,8 @@ def _opencv_frames(video: VideoInfo, _start: int, is_wanted: np.ndarray) -> Iter
         number = _number_at(video, seconds - zero)
         if is_wanted[number]:
             _, spare = capture.retrieve(spare)  # into the same memory
-            if image is not None and np.array_equal(image[::32], spare[::32]):
+            rows = slice(None, None, max(1, len(spare) // 16))
+            if image is not None and np.array_equal(image[rows], spare[rows]):
                 return  # of a frame that is flagged as interlaced, OpenCV 5.0 returns the picture before
             image, spare = spare, image
         yield number, image if is_wanted[number] else None
