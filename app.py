@@ -3,7 +3,7 @@
 Read from top to bottom, this file follows the data: settings, model, the `@spaces.GPU` generator, results, runs, page.
 Files and frames are in `video.py`, the queue and background threads in `runs.py`, drawing is in `draw_boxes.py`.
 
-- A frame gets its time in `video._opencv_frames` or `video._pyav_frames`; `video.sample_frames` chooses by it.
+- A frame gets its time in `video._read_packets`; `video.sample_frames` chooses by it.
 - `select_detections` filters the boxes by threshold and class.
 - `stream_object_detection` yields the chunks. On ZeroGPU, `stream_across_calls` calls it several times. `follow` turns
   each chunk into new values for the page's components, such as `player`, and `stream_to_page` sends them.
@@ -371,8 +371,7 @@ def stream_object_detection(
                         is_joined = batch.is_cached and end / fps <= join_seconds
                         if batch.is_end or (end % chunk_frames == 0 and not is_joined):
                             break
-                    chunk = writer.close()
-                yield StreamUpdate(chunk, found, end, batch.is_end, time.monotonic() - began, tracker)
+                yield StreamUpdate(writer.path, found, end, batch.is_end, time.monotonic() - began, tracker)
     except Exception as error:
         raise user_facing_error(error) from error  # from a ZeroGPU's worker, no other error arrives whole
 

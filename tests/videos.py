@@ -201,12 +201,12 @@ def write_chunks(
     frames = enumerate(sample_frames(info, fps, scale, start), start)
     for _, items in itertools.groupby(frames, lambda item: item[0] // chunk_frames):
         indices, group = zip(*items, strict=True)
-        writer = ChunkWriter(str(folder), group[0].image.shape[1::-1], fps, info.audio_channels)
-        for frame in group:
-            writer.write(frame.image)
-        if audio:
-            writer.write_audio(audio.read_until((indices[-1] + 1) / fps))
-        chunks.append(writer.close())
+        with ChunkWriter(str(folder), group[0].image.shape[1::-1], fps, info.audio_channels) as writer:
+            for frame in group:
+                writer.write(frame.image)
+            if audio:
+                writer.write_audio(audio.read_until((indices[-1] + 1) / fps))
+        chunks.append(writer.path)
     return chunks
 
 
