@@ -1,4 +1,4 @@
-"""The generator: batches, chunks, drawn boxes, prefetching, and how it ends."""
+"""The generator: batches, chunks, drawn boxes, and how it ends."""
 
 import itertools
 import os
@@ -17,7 +17,6 @@ from videos import Kind, read_chunks, read_number
 
 import app
 from draw_boxes import label_color
-from runs import Prefetcher
 
 EXAMPLE = app.EXAMPLES / "bouncing-shapes.mp4"
 
@@ -304,84 +303,6 @@ def test_an_unusable_file_is_an_error_of_gradio_with_a_sentence(content, tmp_pat
     assert error.value.message.endswith(".")
     assert str(tmp_path) not in error.value.message
     assert os.listdir(tmp_path) == ["upload.mp4"]
-
-
-# ------------------------------------------------------------------------------------------------------- prefetching
-
-
-class SlowSteps:
-    """A generator whose items take `seconds` each, and which notes its progress in `log`."""
-
-    def __init__(self, seconds):
-        self.log, self.is_closed = [], threading.Event()
-        self.items = self._generate(seconds)
-
-    def _generate(self, seconds):
-        try:
-            for number in range(5):
-                self.log.append(f"begins {number}")
-                time.sleep(seconds)
-                self.log.append(f"ends {number}")
-                yield number
-        finally:
-            self.log.append("closed")
-            self.is_closed.set()
-
-
-def test_prefetching_keeps_the_items_and_makes_the_next_one_meanwhile():
-    steps = SlowSteps(0.1)
-    began = time.monotonic()
-    for expected, number in enumerate(Prefetcher(steps.items)):
-        assert number == expected
-        time.sleep(0.1)
-    assert time.monotonic() - began < 0.8, "one after the other, this takes a second"
-    assert steps.is_closed.wait(1)
-
-
-def test_prefetching_is_one_item_ahead_but_no_more():
-    steps = SlowSteps(0)
-    with closing(Prefetcher(steps.items)) as items:
-        assert next(items) == 0
-        time.sleep(0.1)
-        assert steps.log == ["begins 0", "ends 0", "begins 1", "ends 1"]
-
-
-def test_closing_does_not_wait_for_the_step_at_hand_after_which_the_items_are_closed(new_threads):
-    steps = SlowSteps(0.5)
-    items = Prefetcher(Prefetcher(steps.items))
-    assert next(items) == 0
-    began = time.monotonic()
-    items.close()
-    assert time.monotonic() - began < 0.05
-    assert not steps.is_closed.is_set()
-    assert steps.is_closed.wait(2)
-    assert steps.log[-2:] in (["ends 1", "closed"], ["ends 2", "closed"])
-    assert all_end(new_threads)
-
-
-def test_the_threads_do_not_end_but_are_used_again(new_threads):
-    """One that ends can hang a process that is forked in the same moment."""
-
-    def threads():
-        yield threading.current_thread()
-        yield threading.current_thread()
-
-    first, second = Prefetcher(threads())
-    assert all_end(new_threads)
-    third, fourth = Prefetcher(threads())
-    assert first is second is third is fourth
-    assert first.is_alive()
-
-
-def test_an_error_while_prefetching_comes_in_its_place():
-    def failing():
-        yield 1
-        raise ValueError("broken")
-
-    items = Prefetcher(failing())
-    assert next(items) == 1
-    with pytest.raises(ValueError, match="broken"):
-        next(items)
 
 
 def test_closing_the_stream_does_not_wait_for_a_pass(numbered, small_batches, tmp_path, monkeypatch, new_threads):
