@@ -1,12 +1,18 @@
 """Streaming object detection on video with RT-DETR.
 
-Read from top to bottom, this file follows the data: settings, model, the `@spaces.GPU` generator, results, runs, page.
-Files and frames are in `video.py`, the queue and background threads in `runs.py`, drawing is in `draw_boxes.py`.
+From top to bottom, this file follows the data: settings, the `@spaces.GPU` generator, the model, runs, the page.
 
-- A frame gets its time in `video._read_packets`; `video.sample_frames` chooses by it.
-- `select_detections` filters the boxes by threshold and class.
-- `stream_object_detection` yields the chunks. On ZeroGPU, `stream_across_calls` calls it several times. `follow` turns
-  each chunk into new values for the page's components, such as `player`, and `stream_to_page` sends them.
+| Room | What is in it |
+|---|---|
+| `video.py` | files, frames and their times, sound, chunks |
+| `tracking.py` | detections over time: cuts, objects' numbers, boxes on skipped frames |
+| `draw_boxes.py` | boxes, tags and trails on a picture |
+| `results.py` | what a run has found: table, counts, files |
+| `runs.py` | who runs when: the queue, and threads that stay one step ahead |
+| `assets/` | the page's script and style |
+
+From a click to a frame, it is six steps: a handler of the page, `show_run`, `stream_calls` (several on ZeroGPU),
+`stream_object_detection`, `detect_batches`, `read_batches`.
 """
 
 from __future__ import annotations
@@ -27,6 +33,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
 from inspect import unwrap
@@ -51,6 +58,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 
 from draw_boxes import draw_bounding_boxes, label_color
+from results import TABLE_HEADERS, FrameDetections, Results
 from runs import BusyError, Prefetcher, Run, RunQueue
 from tracking import CutFinder, Detections, ObjectTracker, fill_gaps
 from video import CPU_COUNT, AudioReader, ChunkWriter, Frame, VideoError, join_chunks, read_video_info, sample_frames
@@ -61,39 +69,202 @@ log = logging.getLogger("rt-detr-stream")
 
 DEFAULT_MODEL_ID = "PekingU/rtdetr_r50vd"
 DEFAULT_CPU_MODEL_ID = "PekingU/rtdetr_r18vd_coco_o365"  # COCO AP 49.0 instead of 53.1, for half of the arithmetic
-EXAMPLES = Path(__file__).parent / "examples"
-SHIPPED_MODEL = EXAMPLES / "shapes-rtdetr"
-
-RESOLUTIONS = {"Half (fast)": 2, "Full": 1}  # divisors of the source's width, height and frame rate
-HALF = next(iter(RESOLUTIONS))
+MAX_UPLOAD = "2gb"
 CHUNK_SECONDS = 2  # of output, in each mp4 that is streamed
 MIN_SCORE = 0.05  # detections below this are neither cached, drawn nor reported
-
-# Pixels of model input per forward pass. A GPU takes a whole chunk at R50's 640x640. On a CPU, each core takes a pass
-# of its own, so that cores do not wait for each other at each layer: one frame of 640x640, or eight of 256x256.
-PASS_PIXELS = {"cuda": 60 * 640 * 640, "mps": 16 * 640 * 640, "cpu": 8 * 256 * 256}
-BATCH_BYTES = 128 << 20  # of decoded frames per batch
+RESOLUTIONS = {"Half (fast)": 2, "Full": 1}  # divisors of the source's width, height and frame rate
+HALF = next(iter(RESOLUTIONS))
 KEEP_UP, EVERY_FRAME = "As many as keep up", "Every frame"
-KEEP_UP_SHARE = 0.6  # of real time for the model; the rest is for reading, drawing, encoding, and possibly the browser
 MAX_GAP_SECONDS = 0.5  # between analysed frames
-
-BELIEVED_SECONDS = 1.0  # how long an object must be seen to count
-
-CACHED_VIDEOS = 16  # whose detections stay in memory, about a kilobyte per frame
 
 ON_ZEROGPU = spaces.config.Config.zero_gpu  # `spaces` has no public name for it
 GPU_SECONDS = 60  # of a ZeroGPU per call, at most: a request that exceeds the visitor's quota is refused
 GPU_RESERVE_SECONDS = 4  # of GPU_SECONDS, to finish the last chunk
-GPU_SECONDS_PER_FRAME = 0.02  # of output, until it is measured
 CONCURRENT_RUNS = 32 if ON_ZEROGPU else 4  # others wait in a queue
 MAX_RUNS = 100  # including those that wait
-SETTLE_SECONDS = 0.1  # debounce: each step of a dragged slider starts a run, which waits this long for another
-HEARTBEAT_SECONDS = 0.25  # longest interval between status updates, and between checks for Stop
-PICTURE_AFTER_SECONDS = 1  # the first frame is shown as a picture if the first chunk takes longer
-MAX_UPLOAD = "2gb"
+
+# ------------------------------------------------------------------------------------------------------ generator
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a viewer chooses besides the video and the confidence threshold. The page has a component for each field."""
+
+    classes: Sequence[str] = ()  # names of the classes to draw, from the checkpoint's `id2label`; empty for all
+    resolution: str = HALF  # a key of `RESOLUTIONS`
+    analysed: str = KEEP_UP  # or EVERY_FRAME
+    tracks: bool = True  # draw the objects' numbers and trails
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the server splits the work of a run."""
+
+    step: int = 1  # one in this many output frames is analysed; boxes on the others are interpolated
+    after: StreamUpdate | None = None  # the last update of an earlier call, which this one resumes
+    # By source index. These frames skip the model; new detections are added.
+    cached: dict[int, Detections] = field(default_factory=dict)
+    folder: str | None = None  # for the chunks; by default the system's temporary folder
+    join_seconds: float = 0  # cached frames up to this second of the video come as one long chunk
+    # The stream ends shortly before this time limit; with 0, at the first frame that is not cached.
+    budget_seconds: float = GPU_SECONDS if ON_ZEROGPU else math.inf
+
+
+class StreamUpdate(NamedTuple):
+    """What `stream_object_detection` yields."""
+
+    chunk: str  # path of an mp4 file (H.264, FLAC), which the caller removes
+    frames: list[FrameDetections]  # analysed since the last update
+    output_frames: int  # how many the output has, counted from the beginning of the video
+    is_end: bool  # of the video
+    elapsed_seconds: float  # since the call began
+    tracker: ObjectTracker
+
+
+def gpu_duration(
+    _video: str, _conf_threshold: float, _options: Options | None = None, plan: Plan | None = None
+) -> float:
+    return (plan or Plan()).budget_seconds
+
+
+@spaces.GPU(duration=gpu_duration)
+def stream_object_detection(
+    video: str, conf_threshold: float, options: Options | None = None, *, plan: Plan | None = None
+) -> Iterator[StreamUpdate]:
+    """Detects objects on a video and draws them. Yields a `StreamUpdate` per chunk of about two seconds.
+
+    Args:
+        video: Path of a video file.
+        conf_threshold: Detections with a score above this, 0 to 1, are drawn.
+        options: The viewer's other choices.
+        plan: How the work is split.
+
+    Raises:
+        gr.Error: If the file is not a video that can be decoded, or something else fails.
+    """
+    began, options, plan = time.monotonic(), options or Options(), plan or Plan()
+    deadline = began + plan.budget_seconds - GPU_RESERVE_SECONDS
+    try:
+        info, divisor = read_video_info(video), RESOLUTIONS[options.resolution]
+        fps = info.fps / divisor
+        chunk_frames = plan.step * max(1, round(CHUNK_SECONDS * fps / plan.step))
+        end, tracker = (plan.after.output_frames, plan.after.tracker) if plan.after else (0, ObjectTracker(fps))
+        audio = AudioReader(info, end / fps) if info.audio_channels else None
+        frames = sample_frames(info, fps, Fraction(1, divisor), end)
+        batches = Prefetcher(read_batches(frames, end, plan.step, chunk_frames))
+        with contextlib.closing(Prefetcher(detect_batches(batches, plan.cached, plan.step, deadline))) as detected:
+            for first in detected:
+                found = []
+                with ChunkWriter(plan.folder, first.frames[0].image.shape[1::-1], fps, info.audio_channels) as writer:
+                    for batch in itertools.chain([first], detected):
+                        found += draw_batch(batch, conf_threshold, options, tracker)
+                        for frame in batch.frames:
+                            writer.write(frame.image)
+                        end += len(batch.frames)
+                        if audio:
+                            writer.write_audio(audio.read_until(end / fps))
+                        is_joined = batch.is_cached and end / fps <= plan.join_seconds
+                        if batch.is_end or (end % chunk_frames == 0 and not is_joined):
+                            break
+                yield StreamUpdate(writer.path, found, end, batch.is_end, time.monotonic() - began, tracker)
+    except Exception as error:
+        raise user_facing_error(error) from error  # from a ZeroGPU's worker, no other error arrives whole
+
+
+class Batch(NamedTuple):
+    """Consecutive frames of the output that are detected together: a chunk, or a part of one."""
+
+    frames: list[Frame]
+    is_end: bool  # of the video
+    detections: Sequence[Detections] = ()  # on each frame; this and the rest is added by `detect_batches`
+    analysed: Sequence[bool] = ()  # whether the model found them, not interpolated, and not on a frame shown again
+    cuts: Sequence[bool] = ()  # whether a new shot begins with the frame
+    is_cached: bool = False  # whether no frame needed the model
+
+
+BATCH_BYTES = 128 << 20  # of decoded frames per batch
+
+
+def read_batches(frames: Iterable[Frame], start: int, step: int, chunk_frames: int) -> Iterator[Batch]:
+    """The frames of each chunk in one batch, or in several if they are many or large.
+
+    A batch ends with an analysed frame, the last of `step` frames, so that boxes on all others can be interpolated.
+    """
+    batch: list[Frame] = []
+    for (end, frame), following in itertools.pairwise(itertools.chain(enumerate(frames, start + 1), [None])):
+        batch.append(frame)
+        is_large = len(batch) >= step * DETECTOR.batch_frames or len(batch) * frame.image.nbytes > BATCH_BYTES
+        if following is None or end % chunk_frames == 0 or (end % step == 0 and is_large):
+            yield Batch(batch, is_end=following is None)
+            batch = []
+
+
+def detect_batches(
+    batches: Iterator[Batch], cached: dict[int, Detections], step: int, deadline: float
+) -> Iterator[Batch]:
+    """The same batches with the detections on their frames. The model's are also added to `cached`.
+
+    Ends at the first batch that needs the model after `deadline` (`time.monotonic`).
+    """
+    find_cut, before, last_index = CutFinder(), None, -1
+    with contextlib.closing(batches):
+        for batch in batches:
+            to_analyse = [*batch.frames[step - 1 :: step], batch.frames[-1]]
+            to_analyse += batch.frames[:1] if before is None else []
+            new = {frame.source_index: frame.image for frame in to_analyse if frame.source_index not in cached}
+            if new and time.monotonic() > deadline:
+                return
+            if new:
+                cached.update(zip(new, DETECTOR([*new.values()]), strict=True))
+            cuts = [find_cut(frame.image) for frame in batch.frames]
+            found = [cached.get(frame.source_index) for frame in batch.frames]
+            detections = fill_gaps([found[0] if before is None else before, *found], cuts)
+            is_new = np.diff([last_index, *(frame.source_index for frame in batch.frames)]) > 0
+            analysed = is_new & [boxes is not None for boxes in found]
+            yield batch._replace(detections=detections, analysed=analysed, cuts=cuts, is_cached=not new)
+            before, last_index = detections[-1], batch.frames[-1].source_index
+
+
+def draw_batch(batch: Batch, conf_threshold: float, options: Options, tracker: ObjectTracker) -> list[FrameDetections]:
+    """Draws the selected detections into the frames. Returns those of the analysed frames."""
+    selected = [select_detections(detections, conf_threshold, options.classes) for detections in batch.detections]
+    tracked = tracker.update(selected, batch.cuts)
+    found = []
+    frames = zip(batch.frames, batch.detections, batch.analysed, tracked, strict=True)
+    for frame, detections, is_analysed, drawn in frames:
+        draw(frame.image, drawn, tracker.trails(drawn) if options.tracks else None)
+        if is_analysed:
+            found.append(FrameDetections(frame.source_index, frame.pts_seconds, frame.source_size, detections, drawn))
+    return found
+
+
+def select_detections(detections: Detections, conf_threshold: float, classes: Sequence[str]) -> Detections:
+    """The detections above the threshold and, unless `classes` is empty, in one of them."""
+    is_selected = detections.confidence > conf_threshold
+    if classes:
+        class_ids = [class_id for class_id, label in DETECTOR.id2label.items() if label in classes]
+        is_selected &= np.isin(detections.class_id, class_ids)
+    return detections[is_selected]
+
+
+def draw(image: np.ndarray, detections: Detections, trails: Sequence[np.ndarray] | None) -> None:
+    """Draws detections into an image, uint8 (height, width, 3) BGR; with the objects' numbers if there are trails."""
+    height, width = image.shape[:2]
+    boxes = detections.xyxy * (width, height, width, height)
+    labels = [DETECTOR.id2label[class_id] for class_id in detections.class_id]
+    numbers = None if trails is None else detections.tracker_id
+    trails = trails and [trail * (width, height) for trail in trails]
+    draw_bounding_boxes(image, boxes, detections.confidence, labels, numbers, trails)
+
 
 # ---------------------------------------------------------------------------------------------------------- model
 
+EXAMPLES = Path(__file__).parent / "examples"
+SHIPPED_MODEL = EXAMPLES / "shapes-rtdetr"
+
+# Pixels of model input per forward pass. A GPU takes a whole chunk at R50's 640x640. On a CPU, each core takes a pass
+# of its own, so that cores do not wait for each other at each layer: one frame of 640x640, or eight of 256x256.
+PASS_PIXELS = {"cuda": 60 * 640 * 640, "mps": 16 * 640 * 640, "cpu": 8 * 256 * 256}
 
 HAS_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_CUDA else "mps" if torch.backends.mps.is_available() else "cpu")
@@ -273,6 +444,19 @@ def load_detector() -> tuple[Detector, str]:
     return detector, note
 
 
+def prefer_bundled_ffmpeg() -> None:
+    """Puts the ffmpeg of `imageio-ffmpeg` into the PATH, under that name.
+
+    Gradio runs ffmpeg twice per chunk. Before version 7, it sleeps while it muxes sound and video: 1.2 s for 28 s
+    of video instead of 0.03 s. Debian 12 has version 5.1, Ubuntu 24.04 has 6.1.
+    """
+    binary = Path(imageio_ffmpeg.get_ffmpeg_exe())
+    if binary.is_absolute():  # else there is none for this platform
+        with contextlib.suppress(OSError):  # it is there already, or the folder is read-only
+            binary.with_name("ffmpeg").symlink_to(binary.name)
+        os.environ["PATH"] = f"{binary.parent}{os.pathsep}{os.environ['PATH']}"
+
+
 if missing := [tool for tool in ("ffmpeg", "ffprobe") if not shutil.which(tool)]:
     sys.exit(f"This app requires {' and '.join(missing)}, which cannot be found. Please install ffmpeg.")
 
@@ -280,177 +464,23 @@ logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
 transformers.utils.logging.disable_progress_bar()
 DETECTOR, MODEL_NOTE = load_detector()
 
-# ------------------------------------------------------------------------------------------------------ generator
+# ----------------------------------------------------------------------------------------------------------- runs
+
+KEEP_UP_SHARE = 0.6  # of real time for the model; the rest is for reading, drawing, encoding, and possibly the browser
+CACHED_VIDEOS = 16  # whose detections stay in memory, a few hundred bytes per frame
+GPU_SECONDS_PER_FRAME = 0.02  # of output, until it is measured
+HEARTBEAT_SECONDS = 0.25  # longest interval between status updates, and between checks for Stop
+
+RUNS = RunQueue(CONCURRENT_RUNS, MAX_RUNS)
 
 
-class FrameDetections(NamedTuple):
-    """What the model found on one frame."""
-
-    source_index: int  # number of the frame in the source, from 0
-    pts_seconds: float  # from the first frame of the source
-    source_size: tuple[int, int]  # width and height in pixels, upright
-    detections: Detections  # as `Detector` returns them, whatever the threshold
-    drawn: Detections  # those above the threshold and in the chosen classes, with the numbers of their objects
-
-
-class StreamUpdate(NamedTuple):
-    """What `stream_object_detection` yields."""
-
-    chunk: str  # path of an mp4 file (H.264, FLAC), which the caller removes
-    frames: list[FrameDetections]  # analysed since the last update
-    output_frames: int  # how many the output has, counted from the beginning of the video
-    is_end: bool  # of the video
-    elapsed_seconds: float  # since the call began
-    tracker: ObjectTracker
-
-
-class Batch(NamedTuple):
-    """Consecutive frames of the output that are detected together: a chunk, or a part of one."""
-
-    frames: list[Frame]
-    is_end: bool  # of the video
-    detections: Sequence[Detections] = ()  # on each frame; this and the rest is added by `detect_batches`
-    analysed: Sequence[bool] = ()  # whether the model found them, not interpolated, and not on a frame shown again
-    cuts: Sequence[bool] = ()  # whether a new shot begins with the frame
-    is_cached: bool = False  # whether no frame needed the model
-
-
-@spaces.GPU(duration=lambda *_, budget_seconds=GPU_SECONDS, **__: budget_seconds)
-def stream_object_detection(
-    video: str,
-    conf_threshold: float,
-    classes: Sequence[str] = (),
-    resolution: str = HALF,
-    tracks: bool = True,
-    *,
-    step: int = 1,
-    after: StreamUpdate | None = None,
-    cached: dict[int, Detections] | None = None,
-    folder: str | None = None,
-    join_seconds: float = 0,
-    budget_seconds: float = GPU_SECONDS if ON_ZEROGPU else math.inf,
-) -> Iterator[StreamUpdate]:
-    """Detects objects on a video and draws them. Yields a `StreamUpdate` per chunk of about two seconds.
-
-    Args:
-        video: Path of a video file.
-        conf_threshold: Detections with a score above this, 0 to 1, are drawn.
-        classes: Names of the classes to draw, from the checkpoint's `id2label`; empty for all.
-        resolution: A key of `RESOLUTIONS`.
-        tracks: Draw the objects' numbers and trails.
-        step: One in this many output frames is analysed; boxes on the others are interpolated.
-        after: The last update of an earlier call, which this one resumes.
-        cached: Detections by source index. These frames skip the model; new detections are added.
-        folder: Where to write the chunks; by default the system's temporary folder.
-        join_seconds: Cached frames up to this second of the video come as one long chunk.
-        budget_seconds: The stream ends shortly before this time limit; with 0, at the first frame not in `cached`.
-
-    Raises:
-        gr.Error: If the file is not a video that can be decoded, or something else fails.
-    """
-    began, cached = time.monotonic(), {} if cached is None else cached
+def new_run(session: object) -> Run:
+    """As `RunQueue.new_run`, with a sentence for the visitor if the queue is full."""
     try:
-        info = read_video_info(video)
-        scale, fps = Fraction(1, RESOLUTIONS[resolution]), info.fps / RESOLUTIONS[resolution]
-        chunk_frames = step * max(1, round(CHUNK_SECONDS * fps / step))
-        end, tracker = (after.output_frames, after.tracker) if after else (0, ObjectTracker(fps))
-        audio = AudioReader(info, end / fps) if info.audio_channels else None
-        batches = Prefetcher(read_batches(sample_frames(info, fps, scale, end), end, step, chunk_frames))
-        detected = Prefetcher(detect_batches(batches, cached, step, began + budget_seconds - GPU_RESERVE_SECONDS))
-        with contextlib.closing(detected):
-            for first in detected:
-                found = []
-                with ChunkWriter(folder, first.frames[0].image.shape[1::-1], fps, info.audio_channels) as writer:
-                    for batch in itertools.chain([first], detected):
-                        found += draw_batch(batch, conf_threshold, classes, tracker, tracks)
-                        for frame in batch.frames:
-                            writer.write(frame.image)
-                        end += len(batch.frames)
-                        if audio:
-                            writer.write_audio(audio.read_until(end / fps))
-                        is_joined = batch.is_cached and end / fps <= join_seconds
-                        if batch.is_end or (end % chunk_frames == 0 and not is_joined):
-                            break
-                yield StreamUpdate(writer.path, found, end, batch.is_end, time.monotonic() - began, tracker)
-    except Exception as error:
-        raise user_facing_error(error) from error  # from a ZeroGPU's worker, no other error arrives whole
-
-
-def read_batches(frames: Iterable[Frame], start: int, step: int, chunk_frames: int) -> Iterator[Batch]:
-    """The frames of each chunk in one batch, or in several if they are many or large.
-
-    A batch ends with an analysed frame, the last of `step` frames, so that boxes on all others can be interpolated.
-    """
-    batch: list[Frame] = []
-    for (end, frame), following in itertools.pairwise(itertools.chain(enumerate(frames, start + 1), [None])):
-        batch.append(frame)
-        is_large = len(batch) >= step * DETECTOR.batch_frames or len(batch) * frame.image.nbytes > BATCH_BYTES
-        if following is None or end % chunk_frames == 0 or (end % step == 0 and is_large):
-            yield Batch(batch, is_end=following is None)
-            batch = []
-
-
-def detect_batches(
-    batches: Iterator[Batch], cached: dict[int, Detections], step: int, deadline: float
-) -> Iterator[Batch]:
-    """The same batches with the detections on their frames. The model's are also added to `cached`.
-
-    Ends at the first batch that needs the model after `deadline` (`time.monotonic`).
-    """
-    find_cut, before, last_index = CutFinder(), None, -1
-    with contextlib.closing(batches):
-        for batch in batches:
-            to_analyse = [*batch.frames[step - 1 :: step], batch.frames[-1]]
-            to_analyse += batch.frames[:1] if before is None else []
-            new = {frame.source_index: frame.image for frame in to_analyse if frame.source_index not in cached}
-            if new and time.monotonic() > deadline:
-                return
-            if new:
-                cached.update(zip(new, DETECTOR([*new.values()]), strict=True))
-            cuts = [find_cut(frame.image) for frame in batch.frames]
-            found = [cached.get(frame.source_index) for frame in batch.frames]
-            detections = fill_gaps([found[0] if before is None else before, *found], cuts)
-            is_new = np.diff([last_index, *(frame.source_index for frame in batch.frames)]) > 0
-            analysed = is_new & [boxes is not None for boxes in found]
-            yield batch._replace(detections=detections, analysed=analysed, cuts=cuts, is_cached=not new)
-            before, last_index = detections[-1], batch.frames[-1].source_index
-
-
-def select_detections(detections: Detections, conf_threshold: float, classes: Sequence[str]) -> Detections:
-    """The detections above the threshold and, unless `classes` is empty, in one of them."""
-    is_selected = detections.confidence > conf_threshold
-    if classes:
-        class_ids = [class_id for class_id, label in DETECTOR.id2label.items() if label in classes]
-        is_selected &= np.isin(detections.class_id, class_ids)
-    return detections[is_selected]
-
-
-def draw_batch(
-    batch: Batch, conf_threshold: float, classes: Sequence[str], tracker: ObjectTracker, tracks: bool
-) -> list[FrameDetections]:
-    """Draws the selected detections into the frames. Returns those of the analysed frames."""
-    selected = [select_detections(detections, conf_threshold, classes) for detections in batch.detections]
-    tracked = tracker.update(selected, batch.cuts)
-    found = []
-    frames = zip(batch.frames, batch.detections, batch.analysed, tracked, strict=True)
-    for frame, detections, is_analysed, drawn in frames:
-        draw(frame.image, drawn, tracker.trails(drawn) if tracks else None)
-        if is_analysed:
-            found.append(FrameDetections(frame.source_index, frame.pts_seconds, frame.source_size, detections, drawn))
-    return found
-
-
-def draw(image: np.ndarray, detections: Detections, trails: Sequence[np.ndarray] | None) -> None:
-    """Draws detections into an image, uint8 (height, width, 3) BGR; with the objects' numbers if there are trails."""
-    height, width = image.shape[:2]
-    boxes = detections.xyxy * (width, height, width, height)
-    labels = [DETECTOR.id2label[class_id] for class_id in detections.class_id]
-    numbers = None if trails is None else detections.tracker_id
-    trails = trails and [trail * (width, height) for trail in trails]
-    draw_bounding_boxes(image, boxes, detections.confidence, labels, numbers, trails)
-
-
-# -------------------------------------------------------------------------------------------------------- results
+        return RUNS.new_run(session)
+    except BusyError:
+        message = "Too many people are using this app. Try again in a few minutes."
+        raise gr.Error(message, title="Busy") from None
 
 
 @lru_cache(maxsize=CACHED_VIDEOS)
@@ -475,255 +505,111 @@ def step_to_keep_up(video: str, modified: float, resolution: str) -> int:
     return max(1, min(needed, int(MAX_GAP_SECONDS * fps)))
 
 
-TABLE_HEADERS = ["Class", "Objects", "Most at once", "First (s)", "Last (s)"]
-BOX_COLUMNS = ["x1", "y1", "x2", "y2"]
-COLUMNS = ["time_seconds", "frame", "label", "track", "score", *BOX_COLUMNS]
+class Analysis:
+    """A run of a video: its settings, and how far it has come. Only the thread that calls `add` changes it.
 
+    Raises:
+        VideoError: If the file is not a video.
+    """
 
-class Report:
-    """The settings of a run and what it has found so far, for the page and for the files in `folder`."""
-
-    def __init__(
-        self,
-        video: str,
-        conf_threshold: float,
-        classes: Sequence[str],
-        resolution: str,
-        analysed: str = KEEP_UP,
-        tracks: bool = True,
-    ):
-        self.info, self.conf_threshold, self.classes = read_video_info(video), conf_threshold, list(classes or ())
-        self.resolution, self.fps, self.tracks = resolution, self.info.fps / RESOLUTIONS[resolution], tracks
-        file = (video, os.path.getmtime(video), resolution)
-        self.cached, self.step = cached_detections(*file), step_to_keep_up(*file) if analysed == KEEP_UP else 1
+    def __init__(self, video: str, conf_threshold: float, options: Options):
+        self.info, self.conf_threshold, self.options = read_video_info(video), conf_threshold, options
+        self.fps = self.info.fps / RESOLUTIONS[options.resolution]
+        file = (video, os.path.getmtime(video), options.resolution)
+        self.cached = cached_detections(*file)
+        self.step = step_to_keep_up(*file) if options.analysed == KEEP_UP else 1
+        self.results = Results(self.info, DETECTOR.id2label)
+        self.folder = ""  # of the chunks and the files, while they exist
         self.chunks: list[str] = []
-        self.folder, self.waits_for_gpu = "", False
         self.output_frames, self.is_end = 0, False
-        self._started, self._source_size, self._picture = time.monotonic(), (None, None), ""
-        # A float32 (N, 9) array per frame, by source index: `COLUMNS`, with the label's number.
-        self._rows: dict[int, np.ndarray] = {}
+        self.waits_for_gpu = False
+        self._began = time.monotonic()
 
-    def add(self, update: StreamUpdate) -> None:
+    def stream(self, join_seconds: float = 0) -> Prefetcher[StreamUpdate | str]:
+        """The chunks to the end of the video, one ahead. When this is closed, they are removed with `folder`."""
+        folder = tempfile.TemporaryDirectory(prefix="chunks-")
+        self.folder = folder.name
+        calls = stream_calls(self, join_seconds)
+        # Delivering chunks takes priority over preparing more: the first one arrives 20 % sooner.
+        return Prefetcher(calls, niceness=10, heartbeat_seconds=HEARTBEAT_SECONDS, clean_up=folder.cleanup)
+
+    def add(self, update: StreamUpdate | str | None) -> bool:
+        """Takes what `stream` has yielded. Returns whether it was a chunk."""
+        if update is None:  # a heartbeat
+            return False
+        self.waits_for_gpu = update is WAITS_FOR_GPU
+        if self.waits_for_gpu:
+            return False
         self.chunks.append(update.chunk)
+        self.results.add(update.frames)
         self.output_frames, self.is_end = update.output_frames, update.is_end
-        for index, seconds, self._source_size, _, drawn in update.frames:
-            time_and_frame = np.broadcast_to((seconds, index), (len(drawn), 2))
-            boxes = np.clip(drawn.xyxy, 0, 1) * (self._source_size * 2)
-            columns = (time_and_frame, drawn.class_id, drawn.tracker_id, drawn.confidence, boxes)
-            self._rows[index] = np.column_stack(columns).astype(np.float32)
+        return True
 
     @property
     def seconds(self) -> float:
         """How far the video has been analysed."""
         return min(float(self.output_frames / self.fps), self.info.duration_seconds)
 
-    def warn_if_damaged(self) -> None:
-        if self.is_end and self.info.expected_seconds - self.seconds > 1.5 / self.fps:
-            gr.Warning(f"This video is damaged. Only the first {self.seconds:.1f} seconds could be read.")
+    @property
+    def elapsed_seconds(self) -> float:
+        """How long this has taken."""
+        return time.monotonic() - self._began
 
-    def status(self, ended: str = "") -> str:
-        """One line for the page."""
-        elapsed, total = time.monotonic() - self._started, self.info.duration_seconds
-        speed = self.seconds / elapsed if elapsed else 0.0
-        if ended:
-            found = sum(map(len, self._rows.values()))
-            status = f"{ended}: {self.seconds:.1f} s of video in {elapsed:.1f} s"
-            status += f", {found:,} detections on {len(self._rows):,} frames"
-            if self._rows and not found:
-                status += f" · Nothing above {self.conf_threshold:g}. Try a lower threshold."
-        elif self.waits_for_gpu:
-            status = f"Waiting for a GPU… · {self.seconds:.1f} of {total:.1f} s"
-        elif self.seconds:
-            status = f"{self.seconds:.1f} of {total:.1f} s · {(total - self.seconds) / speed:.0f} s left"
-        else:
-            steps = max(1, round(min(CHUNK_SECONDS, total) * self.fps / self.step))
-            end, needed = steps * self.step * RESOLUTIONS[self.resolution], steps + (self.step > 1)
-            done = min(sum(index < end for index in list(self.cached)), needed)
-            status = f"First chunk: {done} of {needed} frames"
-            if done:
-                status += f", {elapsed / done * (needed - done):.0f} s left"
-        if self.step > 1:
-            suffix = "th" if self.step % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(self.step % 10, "th")
-            status += f" · analysing every {self.step}{suffix} frame"
-        return f"{status} · {speed:.1f}× real time · {DETECTOR.name} on {DEVICE.type}"
+    @property
+    def is_damaged(self) -> bool:
+        """Whether the file ends before its end."""
+        return self.is_end and self.info.expected_seconds - self.seconds > 1.5 / self.fps
 
-    def progress(self) -> str:
-        """A bar over the whole video, with the analysed part filled.
+    def first_chunk_progress(self) -> tuple[int, int]:
+        """How many frames of the first chunk are analysed, and how many need to be."""
+        steps = max(1, round(min(CHUNK_SECONDS, self.info.duration_seconds) * self.fps / self.step))
+        end, needed = steps * self.step * RESOLUTIONS[self.options.resolution], steps + (self.step > 1)
+        return min(sum(index < end for index in list(self.cached)), needed), needed
 
-        Until the stream plays, the first frame is shown above it; the page hides it then.
-        """
-        if 0 in self.cached and not self.chunks and time.monotonic() - self._started > PICTURE_AFTER_SECONDS:
-            self._picture = self._picture or self.first_frame()
-        picture = self._picture if len(self.chunks) < 2 else ""
-        bar = f'<progress value="{self.seconds:.1f}" max="{self.info.duration_seconds:.1f}"></progress>'
-        return f'{picture}{bar}<span class="hint">{"" if self.is_end else "Waiting for more…"}</span>'
+    def first_frame(self) -> np.ndarray:
+        """The first frame with its boxes, uint8 (height, width, 3) BGR. It must be cached."""
+        frame = next(sample_frames(self.info, self.fps, Fraction(1, RESOLUTIONS[self.options.resolution])))
+        detections = self.cached[frame.source_index]
+        draw(frame.image, select_detections(detections, self.conf_threshold, self.options.classes), None)
+        return frame.image
 
-    def first_frame(self) -> str:
-        """The first frame with its boxes, as an HTML image."""
-        frame = next(sample_frames(self.info, self.fps, Fraction(1, RESOLUTIONS[self.resolution])))
-        selected = select_detections(self.cached[frame.source_index], self.conf_threshold, self.classes)
-        draw(frame.image, selected, None)
-        jpeg = base64.b64encode(cv2.imencode(".jpg", frame.image)[1]).decode()
-        return f'<img alt="First frame" style="height: {PLAYER_HEIGHT}" src="data:image/jpeg;base64,{jpeg}">'
-
-    def detections(self) -> pd.DataFrame:
-        """A row per detection, with the columns of the CSV file; boxes in pixels of the source."""
-        table = pd.DataFrame(np.concatenate([np.zeros((0, len(COLUMNS))), *self._rows.values()]), columns=COLUMNS)
-        table = table.astype({"frame": int, "track": "Int64"}).replace({"track": {0: pd.NA}})
-        table["label"] = table["label"].map(DETECTOR.id2label).astype(object)
-        return table.round({"time_seconds": 3, "score": 4} | dict.fromkeys(BOX_COLUMNS, 1))
-
-    def believed(self) -> pd.DataFrame:
-        """The detections of objects that were seen long enough. One that flickers up in a frame does not count."""
-        found = self.detections().dropna(subset="track")
-        objects = [found["label"], found["track"]]
-        seconds = found.groupby(objects)["time_seconds"].diff().clip(upper=MAX_GAP_SECONDS)
-        enough = min(BELIEVED_SECONDS, self.info.duration_seconds / 2)  # a short video can have objects
-        return found[seconds.groupby(objects).transform("sum") >= enough]
-
-    def results(self) -> Iterator[dict[gr.Component, object]]:
-        """New values for the page's table and plot."""
-        found, duration_seconds = self.believed(), self.info.duration_seconds
-        found = found.assign(count=found.groupby(["frame", "label"])["track"].transform("size"))
-        classes = found.groupby("label")
-        seconds = classes["time_seconds"]
-        rows = pd.concat([classes["track"].nunique(), classes["count"].max(), seconds.min(), seconds.max()], axis=1)
-        rows = rows.round(1).reset_index().set_axis(TABLE_HEADERS, axis=1)
-        yield {table: rows.sort_values(["Objects", "Class"], ascending=[False, True])}
-        seconds_per_point = max(1, math.ceil(duration_seconds / 200))
-        found["second"] = found["time_seconds"] // seconds_per_point * seconds_per_point
-        points = range(0, int(self.seconds - 1 / self.fps) + 1, seconds_per_point)
-        counts = found.pivot_table("count", "second", "label", "max").reindex(points).fillna(0).astype(int)
-        counts = counts.rename_axis("second").reset_index().melt("second", var_name="class", value_name="count")
-        yield {
-            plot: gr.update(
-                value=counts,
-                x_lim=[0, duration_seconds],  # fixed, so that the axis keeps still
-                y_lim=[0, max([5, *counts["count"]])],  # below 5, the axis would have ticks at halves
-                visible=len(counts) > 0 or "hidden",
-            )
-        }
-        # `gr.LinePlot` rebuilds its scales and legend only when a property changes, not with new rows, and with the
-        # rows of the update before: without this second update, a class that appears later would stay invisible.
-        yield {plot: gr.update(color_map={label: label_color(label) for label in rows["Class"]})}
-
-    def save(self) -> list[str]:
-        """Writes the annotated video, and the detections as CSV and JSON, which README.md describes. Returns paths."""
-        base, found = os.path.join(self.folder, Path(self.info.path).stem), self.detections()
-        paths = [f"{base}-boxes.mp4", f"{base}.csv", f"{base}.json"]
-        join_chunks(self.chunks, paths[0])
-        found.to_csv(paths[1], index=False)
-        (width, height), duration = self._source_size, round(self.info.duration_seconds, 3)
-        found["box"] = found[BOX_COLUMNS].to_numpy().tolist()
-        content = {
+    def save(self) -> dict[str, str]:
+        """Writes the files to download, which README.md describes. Returns their paths by kind."""
+        base = os.path.join(self.folder, Path(self.info.path).stem)
+        join_chunks(self.chunks, f"{base}-boxes.mp4")
+        settings = {
             "model": DETECTOR.name,
             "threshold": self.conf_threshold,
-            "classes": self.classes,
+            "classes": list(self.options.classes),
             "analysed_seconds": round(self.seconds, 3),
-            "video": {"width": width, "height": height, "fps": float(self.info.fps), "duration_seconds": duration},
-            "detections": json.loads(found.drop(columns=BOX_COLUMNS).to_json(orient="records")),
         }
-        Path(paths[2]).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-        return paths
+        csv_path, json_path = self.results.save(base, settings)
+        return {"video": f"{base}-boxes.mp4", "csv": csv_path, "json": json_path}
 
 
-# ----------------------------------------------------------------------------------------------------------- runs
+WAITS_FOR_GPU = "waits for a GPU"
 
 
-RUNS = RunQueue(CONCURRENT_RUNS, MAX_RUNS)
+def stream_calls(analysis: Analysis, join_seconds: float) -> Generator[StreamUpdate | str]:
+    """On ZeroGPU, cached frames without a GPU, and the rest in as many calls as needed; elsewhere, a single call.
 
-
-def new_run(session: object) -> Run:
-    """As `RunQueue.new_run`, with a sentence for the visitor if the queue is full."""
-    try:
-        return RUNS.new_run(session)
-    except BusyError:
-        message = "Too many people are using this app. Try again in a few minutes."
-        raise gr.Error(message, title="Busy") from None
-
-
-def stop_run(request: gr.Request) -> None:
-    RUNS.stop(request.session_hash)
-
-
-def follow(run: Run, *settings: object, join_seconds: float = 0) -> Iterator[dict[gr.Component, object]]:
-    """A run from the queue to its end, as new values for the page: status, chunks, results so far, and then files.
-
-    Args:
-        settings: As `Report` takes them.
-        join_seconds: As `stream_object_detection` takes it.
-
-    Raises:
-        gr.Error: At the end, if something failed.
+    Yields `WAITS_FOR_GPU` before each request for a GPU.
     """
-    try:
-        while not run.is_stopped and (position := RUNS.position(run)) > 0:
-            yield {status: f"Waiting in the queue: position {position}."}
-            time.sleep(HEARTBEAT_SECONDS)
-        yield {status: "Reading the video…"}
-        report, failure = Report(*settings), None
-        with contextlib.closing(prefetch_chunks(report, join_seconds)) as updates:
-            try:
-                while not (run.is_stopped or report.is_end):
-                    if update := next(updates):
-                        report.add(update)
-                        yield {player: update.chunk}
-                        yield from report.results()
-                    yield {status: report.status(), progress: report.progress()}
-            except Exception as error:
-                failure = user_facing_error(error)
-            ended = "Ended early" if failure else "Stopped" if run.is_stopped else "Done"
-            yield {status: report.status(ended), progress: report.progress(), **buttons(running=False)}
-            report.warn_if_damaged()
-            if report.chunks:
-                yield {files: report.save()}
-            else:  # the table and the plot may be those of the run before
-                yield from report.results()
-        if failure:
-            if report.chunks:
-                failure.message += (
-                    f" The first {report.seconds:.0f} seconds are complete. Press “Run again” to resume from there."
-                )
-            raise failure
-    except Exception as error:
-        error = user_facing_error(error)
-        error.visible = error.print_exception = False  # the status line and the log have it
-        yield {status: error.message, **buttons(running=False)}
-        raise error from None
-
-
-def prefetch_chunks(report: Report, join_seconds: float = 0) -> Prefetcher[StreamUpdate]:
-    """Streams a video to its end, one chunk ahead. When it is closed, its chunks are removed with `report.folder`."""
-    folder = tempfile.TemporaryDirectory(prefix="chunks-")
-    report.folder = folder.name
-    # Delivering chunks takes priority over preparing more: the first one arrives 20 % sooner.
-    return Prefetcher(
-        stream_across_calls(report, join_seconds),
-        niceness=10,
-        heartbeat_seconds=HEARTBEAT_SECONDS,
-        clean_up=folder.cleanup,
-    )
-
-
-def stream_across_calls(report: Report, join_seconds: float) -> Generator[StreamUpdate]:
-    """On ZeroGPU, cached frames without a GPU, and the rest in as many calls as needed; elsewhere, a single call."""
     update, seconds_per_frame = None, GPU_SECONDS_PER_FRAME
     for with_gpu in itertools.cycle((False, True) if ON_ZEROGPU else (True,)):
-        start, budget_seconds = update.output_frames if update else 0, math.inf if with_gpu else 0
+        start = update.output_frames if update else 0
+        plan = Plan(analysis.step, update, analysis.cached, analysis.folder, join_seconds, math.inf if with_gpu else 0)
         if with_gpu and ON_ZEROGPU:
-            frames = round(report.info.duration_seconds * report.fps) - start
-            budget_seconds, report.waits_for_gpu = gpu_budget_seconds(frames, seconds_per_frame), True
+            frames = round(analysis.info.duration_seconds * analysis.fps) - start
+            plan = replace(plan, budget_seconds=gpu_budget_seconds(frames, seconds_per_frame))
+            yield WAITS_FOR_GPU
+        if ON_ZEROGPU:
+            plan = replace(plan, cached=dict(analysis.cached))  # a copy: it is pickled while others add to it
         stream = stream_object_detection if with_gpu else unwrap(stream_object_detection)
-        updates = stream(
-            report.info.path, report.conf_threshold, report.classes, report.resolution, report.tracks,
-            step=report.step, after=update, folder=report.folder, join_seconds=join_seconds,
-            cached=dict(report.cached) if ON_ZEROGPU else report.cached,  # a copy: it is pickled while others add to it
-            budget_seconds=budget_seconds,
-        )  # fmt: skip
+        updates = stream(analysis.info.path, analysis.conf_threshold, analysis.options, plan=plan)
         with contextlib.closing(updates):
             for update in updates:
-                report.waits_for_gpu = False
-                report.cached.update((frame.source_index, frame.detections) for frame in update.frames)
+                analysis.cached.update((frame.source_index, frame.detections) for frame in update.frames)
                 yield update
         if update and update.is_end:
             return
@@ -754,47 +640,39 @@ def user_facing_error(error: Exception) -> gr.Error:
 
 # ----------------------------------------------------------------------------------------------------------- page
 
-# Handlers yield new values for components of the page, which are defined below.
+SETTLE_SECONDS = 0.1  # debounce: each step of a dragged slider starts a run, which waits this long for another
+PICTURE_AFTER_SECONDS = 1  # the first frame is shown as a picture if the first chunk takes longer
+PLAYER_HEIGHT = "clamp(220px, 32vw, 480px)"  # reserved from the start, so that nothing jumps
+WELCOME = "Upload a video, record one, or click an example."
+
+# Handlers yield new values for components of the page, which are defined below. Their settings are the confidence
+# threshold and the fields of `Options`, in that order.
 
 
-def buttons(running: bool) -> dict:
-    return {start_button: gr.update(interactive=not running), stop_button: gr.update(interactive=running)}
+def start(request: gr.Request, video: str | None, *settings: object) -> Iterator[dict]:
+    """Another video, or the same one from its beginning, on an empty page."""
+    empty = {player: gr.update(value=None), table: None, plot: gr.update(visible="hidden"), progress: ""}
+    yield from replace_run(request, video, settings, empty)
 
 
-def cleared() -> dict:
-    return {player: gr.update(value=None), table: None, plot: gr.update(visible="hidden"), progress: ""}
+def redraw(request: gr.Request, video: str | None, *settings_and_playhead: object) -> Iterator[dict]:
+    """Other settings for the same video. What is shown stays until there is something new.
 
-
-def stream_to_page(
-    video: str | None,
-    conf_threshold: float,
-    classes: list[str],
-    resolution: str,
-    analysed: str,
-    tracks: bool,
-    playhead_seconds: float,
-    request: gr.Request,
-) -> Iterator[dict]:
-    """Detect objects on a video and watch them: the annotated video as an HLS stream, chunk by chunk.
-
-    Args:
-        video: A video file.
-        conf_threshold: Detections with a score above this, 0 to 1, are drawn.
-        classes: Names of the classes to draw; empty for all.
-        resolution: "Half (fast)" (half the size, every second frame) or "Full".
-        analysed: "As many as keep up" with real time, or "Every frame".
-        tracks: Draw the objects' numbers and trails.
-        playhead_seconds: Where the viewer is in the same video: cached frames up to there come at once. Negative for
-            another video.
+    The last argument is the viewer's position in seconds: cached frames up to there come at once.
     """
+    *settings, playhead_seconds = settings_and_playhead
+    yield from replace_run(request, video, settings, {}, playhead_seconds)
+
+
+def replace_run(
+    request: gr.Request, video: str | None, settings: Sequence, first: dict, join_seconds: float = 0
+) -> Iterator[dict]:
+    """Ends the session's run and shows another one. Nothing of the old one reaches the page after `first`."""
     with new_run(request.session_hash) as run:
         time.sleep(SETTLE_SECONDS)
-        first = {files: None, **buttons(running=video is not None), **(cleared() if playhead_seconds < 0 else {})}
-        updates = [{status: WELCOME}]
-        if video is not None:
-            settings = (video, conf_threshold, classes, resolution, analysed, tracks)
-            updates = follow(run, *settings, join_seconds=playhead_seconds)
-        for values in itertools.chain([first], updates):
+        first = {files: None, **buttons(running=video is not None), **first}
+        shown = [{status: WELCOME}] if video is None else show_run(run, video, settings, join_seconds)
+        for values in itertools.chain([first], shown):
             run.is_sending = True  # before the check: the next run, which does it the other way round, waits for this
             if run.is_replaced:
                 break
@@ -803,6 +681,118 @@ def stream_to_page(
     # When a run ends, Gradio sends its last output again, perhaps after the next run's first one, so it must change
     # nothing. If a run yielded nothing at all, Gradio would empty all components.
     yield {status: gr.skip()}
+
+
+def show_run(run: Run, video: str, settings: Sequence, join_seconds: float = 0) -> Iterator[dict]:
+    """A run from the queue to its end: status, chunks, results so far, and then files.
+
+    Raises:
+        gr.Error: At the end, if something failed.
+    """
+    try:
+        while not run.is_stopped and (position := RUNS.position(run)) > 0:
+            yield {status: f"Waiting in the queue: position {position}."}
+            time.sleep(HEARTBEAT_SECONDS)
+        yield {status: "Reading the video…"}
+        conf_threshold, *options = settings
+        analysis, failure = Analysis(video, conf_threshold, Options(*options)), None
+        with contextlib.closing(analysis.stream(join_seconds)) as updates:
+            try:
+                while not (run.is_stopped or analysis.is_end):
+                    if analysis.add(next(updates)):
+                        yield {player: analysis.chunks[-1]}
+                        yield from show_results(analysis)
+                    yield {status: describe(analysis), progress: progress_bar(analysis)}
+            except Exception as error:
+                failure = user_facing_error(error)
+            ended = "Ended early" if failure else "Stopped" if run.is_stopped else "Done"
+            yield {status: describe(analysis, ended), progress: progress_bar(analysis), **buttons(running=False)}
+            if analysis.is_damaged:
+                gr.Warning(f"This video is damaged. Only the first {analysis.seconds:.1f} seconds could be read.")
+            if analysis.chunks:
+                yield {files: list(analysis.save().values())}
+            else:  # the table and the plot may be those of the run before
+                yield from show_results(analysis)
+        if failure and analysis.chunks:
+            complete = f"The first {analysis.seconds:.0f} seconds are complete."
+            failure.message += f" {complete} Press “Run again” to resume from there."
+        if failure:
+            raise failure
+    except Exception as error:
+        error = user_facing_error(error)
+        error.visible = error.print_exception = False  # the status line and the log have it
+        yield {status: error.message, **buttons(running=False)}
+        raise error from None
+
+
+def stop(request: gr.Request) -> None:
+    RUNS.stop(request.session_hash)
+
+
+def buttons(running: bool) -> dict:
+    return {start_button: gr.update(interactive=not running), stop_button: gr.update(interactive=running)}
+
+
+def describe(analysis: Analysis, ended: str = "") -> str:
+    """The status, one line."""
+    seconds, elapsed = analysis.seconds, analysis.elapsed_seconds
+    total, speed = analysis.info.duration_seconds, seconds / elapsed if elapsed else 0.0
+    if ended:
+        found, frames = analysis.results.detection_count, analysis.results.frame_count
+        line = f"{ended}: {seconds:.1f} s of video in {elapsed:.1f} s, {found:,} detections on {frames:,} frames"
+        if frames and not found:
+            line += f" · Nothing above {analysis.conf_threshold:g}. Try a lower threshold."
+    elif analysis.waits_for_gpu:
+        line = f"Waiting for a GPU… · {seconds:.1f} of {total:.1f} s"
+    elif seconds:
+        line = f"{seconds:.1f} of {total:.1f} s · {(total - seconds) / speed:.0f} s left"
+    else:
+        done, needed = analysis.first_chunk_progress()
+        line = f"First chunk: {done} of {needed} frames"
+        if done:
+            line += f", {elapsed / done * (needed - done):.0f} s left"
+    if (step := analysis.step) > 1:
+        suffix = "th" if step % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(step % 10, "th")
+        line += f" · analysing every {step}{suffix} frame"
+    return f"{line} · {speed:.1f}× real time · {DETECTOR.name} on {DEVICE.type}"
+
+
+def progress_bar(analysis: Analysis) -> str:
+    """HTML: a bar over the whole video, with the analysed part filled, and until the stream plays, the first frame.
+
+    `page.css` places both, and `page.js` hides the frame when the player starts.
+    """
+    picture = ""
+    is_slow = analysis.elapsed_seconds > PICTURE_AFTER_SECONDS
+    if 0 in analysis.cached and is_slow and len(analysis.chunks) < 2:
+        jpeg = base64.b64encode(first_frame_jpeg(analysis)).decode()
+        picture = f'<img alt="First frame" style="height: {PLAYER_HEIGHT}" src="data:image/jpeg;base64,{jpeg}">'
+    bar = f'<progress value="{analysis.seconds:.1f}" max="{analysis.info.duration_seconds:.1f}"></progress>'
+    return f'{picture}{bar}<span class="hint">{"" if analysis.is_end else "Waiting for more…"}</span>'
+
+
+@lru_cache(maxsize=CONCURRENT_RUNS)
+def first_frame_jpeg(analysis: Analysis) -> bytes:
+    return cv2.imencode(".jpg", analysis.first_frame())[1].tobytes()
+
+
+def show_results(analysis: Analysis) -> Iterator[dict]:
+    """The table and the plot."""
+    counted = analysis.results.counted_detections()
+    rows = analysis.results.objects_per_class(counted)
+    counts = analysis.results.counts_over_time(counted, analysis.seconds - 1 / float(analysis.fps))
+    yield {
+        table: rows,
+        plot: gr.update(
+            value=counts,
+            x_lim=[0, analysis.info.duration_seconds],  # fixed, so that the axis keeps still
+            y_lim=[0, max([5, *counts["count"]])],  # below 5, the axis would have ticks at halves
+            visible=len(counts) > 0 or "hidden",
+        ),
+    }
+    # In Gradio 6.31, `gr.LinePlot` rebuilds its scales and legend only when a property changes, not with new rows, and
+    # with the rows of the update before: without this second update, a class that appears later would stay invisible.
+    yield {plot: gr.update(color_map={label: label_color(label) for label in rows["Class"]})}
 
 
 def detect_video(
@@ -822,117 +812,17 @@ def detect_video(
         The annotated video as one mp4 file with sound, and the detections, as README.md describes them.
     """
     with new_run(object()) as run:
-        for values in follow(run, video, conf_threshold, classes, resolution, analysed, tracks):
+        for values in show_run(run, video, (conf_threshold, classes or (), resolution, analysed, tracks)):
             if files in values:
-                annotated, _, detections = values[files]
+                annotated, _csv, detections = values[files]
                 yield annotated, json.loads(Path(detections).read_text(encoding="utf-8"))
             else:
                 yield None, None  # so that Gradio notices a client that has left
 
 
 WEBCAM = gr.WebcamOptions(constraints={"video": {"width": {"ideal": 1280}, "height": {"ideal": 720}}})
-PLAYER_HEIGHT = "clamp(220px, 32vw, 480px)"  # reserved from the start, so that nothing jumps
-WELCOME = "Upload a video, record one, or click an example."
 STREET_VIDEO = "https://github.com/intel-iot-devkit/sample-videos/raw/master/person-bicycle-car-detection.mp4"
-HEAD = """
-<script>
-const player = () => document.querySelector("#processed video");
-const seek = (seconds) => { if (player()) player().currentTime = seconds; };
-
-// A new stream begins at 0:00, and Gradio has no property for the playhead. After a change of the settings, the
-// playhead is sent with them, and the new stream goes on there.
-let resumePoint = null;  // the previous stream: its URL and position in seconds
-const startOver = (inputs) => {
-    resumePoint = null;
-    document.body.classList.remove("playing");
-    document.querySelector("#processed").scrollIntoView({behavior: "smooth", block: "nearest"});
-    return [...inputs.slice(0, -1), -1];
-};
-const resume = (inputs) => {
-    const video = player();
-    if (!resumePoint && video && !video.ended) resumePoint = {src: video.currentSrc, seconds: video.currentTime};
-    return [...inputs.slice(0, -1), resumePoint?.seconds ?? 0];
-};
-const restorePosition = ({target: video, type}) => {
-    if (!resumePoint || video !== player() || video.currentSrc === resumePoint.src) return;
-    const {seconds} = resumePoint;
-    if (video.seekable.length && video.seekable.end(0) > seconds) seek(seconds);
-    else if (type !== "ended") return;
-    resumePoint = null;
-};
-for (const type of ["canplay", "progress", "ended"]) document.addEventListener(type, restorePosition, true);
-
-// Gradio's player does not say that it has caught up with the stream. For an upload that the browser cannot play (but
-// this app may), it shows "Video not playable" and a duration of NaN.
-for (const type of ["waiting", "playing", "error", "loadedmetadata"]) document.addEventListener(type, (event) => {
-    if (event.target === player()) {
-        document.body.classList.toggle("stalled", type === "waiting");
-        if (type === "playing") document.body.classList.add("playing");
-    }
-    else if (event.target.closest?.("#source")) {
-        document.body.classList.toggle("unplayable", type === "error");
-        if (type === "error") event.stopImmediatePropagation();
-    }
-}, true);
-
-// Gradio's example buttons have no names, and are made at any time after the page has loaded.
-new MutationObserver(() => document.querySelectorAll(".gallery-item:not([aria-label]) video[src]").forEach((video) =>
-    video.closest(".gallery-item").setAttribute("aria-label", video.src.split("/").pop()))
-).observe(document, {childList: true, subtree: true});
-
-// The select events of a table and a plot go through the server, and a plot's is for regions only.
-document.addEventListener("click", ({target, clientX}) => {
-    const cells = target.closest("#table [role=row]")?.querySelectorAll("[role=gridcell]");
-    const bar = document.querySelector("#progress progress");
-    const ruler = target === bar ? bar : target.closest("#plot") && document.querySelector("#plot .root .background");
-    if (cells?.length) seek(parseFloat(cells[cells.length - 2].innerText));
-    if (!ruler) return;
-    const {left, width} = ruler.getBoundingClientRect();
-    seek(Math.min(1, Math.max(0, (clientX - left) / width)) * bar.max);
-});
-
-// Gradio's slider reports each keystroke in its number box, even an empty box or a number out of range, which it then
-// refuses with an error over the player. Here, such a value never leaves the box. When the box loses the focus, the
-// number is clamped, and an empty box gets its last good one back.
-let lastGood;
-for (const type of ["focusin", "input", "focusout"]) document.addEventListener(type, (event) => {
-    const box = event.target;
-    if (!box.matches?.("#threshold input[type=number]")) return;
-    if (box.value && +box.value >= +box.min && +box.value <= +box.max) lastGood = box.value;
-    else if (type === "input") event.stopImmediatePropagation();
-    else if (type === "focusout") {
-        box.value = box.value ? Math.min(box.max, Math.max(box.min, box.value)) : lastGood;
-        box.dispatchEvent(new Event("input", {bubbles: true}));
-    }
-}, true);
-</script>
-"""
-CSS = """
-#source video { max-height: clamp(180px, 28vw, 430px); object-fit: contain; }
-.unplayable #source .controls, #files .label-clear-button { display: none; }
-#threshold input[type=range]:focus-visible { outline: 2px solid var(--color-accent); outline-offset: 4px; }
-#progress { height: 60px; overflow: visible; }
-#progress img { position: absolute; left: 0; bottom: calc(100% + var(--layout-gap)); width: 100%; object-fit: contain;
-    pointer-events: none; }
-.playing #progress img { display: none; }
-#progress progress { width: 100%; height: 8px; appearance: none; border: none; border-radius: 4px; cursor: pointer; }
-#progress progress, ::-webkit-progress-bar { background: var(--neutral-300); border-radius: 4px; }
-#progress ::-webkit-progress-value { background: var(--color-accent); border-radius: 4px; }
-#progress ::-moz-progress-bar { background: var(--color-accent); border-radius: 4px; }
-body:not(.stalled) #progress .hint { visibility: hidden; }
-[data-testid=status-tracker].hide { display: none; }
-#table [role=row], #plot svg { cursor: pointer; }
-#files { height: 264px; }
-#table .cell-menu-button { display: none; }
-#table .cell-wrap { padding-inline: 4px; }
-#table .header-cell .text { white-space: normal; overflow: visible; font-family: var(--font); }
-@media (max-width: 700px) {  /* one column: source, player, status, settings, results */
-    #columns { flex-direction: column; }
-    #columns > .column { display: contents; }
-    #settings { order: 1; }
-    #results { order: 2; }
-}
-"""
+ASSETS = Path(__file__).parent / "assets"
 
 
 with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 86400)) as demo:
@@ -989,34 +879,17 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 864
                 )  # fmt: skip
 
     settings = [source, threshold, classes, resolution, analysed, tracks]
-    stream = {
-        "fn": stream_to_page,
-        "inputs": [*settings, gr.Number(0, visible=False, label="Playhead (s)")],
-        "outputs": [player, status, table, plot, files, progress, start_button, stop_button],
-        "trigger_mode": "multiple",  # a new run replaces the one before
-        "concurrency_limit": None,  # runs have a queue of their own
-        "show_progress": "hidden",
-    }
+    shown = [player, status, table, plot, files, progress, start_button, stop_button]
+    # A new run replaces the one before, and runs have a queue of their own.
+    run = {"outputs": shown, "trigger_mode": "multiple", "concurrency_limit": None, "show_progress": "hidden"}
     new_source = [source.change, start_button.click]
-    gr.on(new_source, **stream, js="(...inputs) => startOver(inputs)", api_name="stream_object_detection")
+    gr.on(new_source, start, settings, js="startOver", api_name="stream_object_detection", **run)
     changes = [setting.change for setting in settings[1:]]
-    gr.on(changes, **stream, js="(...inputs) => resume(inputs)", api_visibility="private")
-    stop_button.click(stop_run, queue=False, show_progress="hidden", api_visibility="private")
+    playhead = gr.Number(0, visible=False)
+    gr.on(changes, redraw, [*settings, playhead], js="resume", api_visibility="private", **run)
+    stop_button.click(stop, queue=False, show_progress="hidden", api_visibility="private")
     results = [gr.Video(visible=False), gr.JSON(visible=False)]
     gr.Button(visible=False).click(detect_video, settings, results, concurrency_limit=None, api_name="detect_video")
-
-
-def prefer_bundled_ffmpeg() -> None:
-    """Puts the ffmpeg of `imageio-ffmpeg` into the PATH, under that name.
-
-    Gradio runs ffmpeg twice per chunk. Before version 7, it sleeps while it muxes sound and video: 1.2 s for 28 s
-    of video instead of 0.03 s. Debian 12 has version 5.1, Ubuntu 24.04 has 6.1.
-    """
-    binary = Path(imageio_ffmpeg.get_ffmpeg_exe())
-    if binary.is_absolute():  # else there is none for this platform
-        with contextlib.suppress(OSError):  # it is there already, or the folder is read-only
-            binary.with_name("ffmpeg").symlink_to(binary.name)
-        os.environ["PATH"] = f"{binary.parent}{os.pathsep}{os.environ['PATH']}"
 
 
 if __name__ == "__main__":
@@ -1024,5 +897,9 @@ if __name__ == "__main__":
     # Gradio's screen recorder hands any upload to ffmpeg, which would follow a playlist in it.
     blocked = Route("/gradio_api/process_recording", lambda _: PlainTextResponse("Not found", 404), methods=["POST"])
     demo.launch(
-        css=CSS, head=HEAD, max_file_size=MAX_UPLOAD, app_kwargs={"routes": [blocked]}, max_threads=40 + MAX_RUNS
+        css_paths=ASSETS / "page.css",
+        head=f"<script>{(ASSETS / 'page.js').read_text(encoding='utf-8')}</script>",
+        max_file_size=MAX_UPLOAD,
+        app_kwargs={"routes": [blocked]},
+        max_threads=40 + MAX_RUNS,
     )

@@ -139,9 +139,9 @@ class Side:
                 """As the page does it: in a thread, one chunk ahead."""
                 if job.keeps_up:
                     self.step = app.step_to_keep_up(video, os.path.getmtime(video), job.resolution)
-                updates = app.stream_object_detection(
-                    video, CONF_THRESHOLD, (), job.resolution, step=self.step, folder=folder
-                )
+                plan = app.Plan(step=self.step, folder=folder)
+                options = app.Options(resolution=job.resolution)
+                updates = app.stream_object_detection(video, CONF_THRESHOLD, options, plan=plan)
                 for update in Prefetcher(updates):
                     yield update.chunk
 

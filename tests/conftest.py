@@ -18,7 +18,7 @@ import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples"), str(ROOT / "tests" / "support")]
 os.environ.setdefault("MODEL_ID", str(ROOT / "examples" / "shapes-rtdetr"))
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["GRADIO_TEMP_DIR"] = tempfile.mkdtemp(prefix="cache-of-tests-")
@@ -110,15 +110,10 @@ def page(browser, server) -> Iterator[Page]:
         yield tab
 
 
-def busy_threads() -> set[threading.Thread]:
-    """The threads of this process, without those of the app that wait to be used again."""
-    import runs
-
-    return set(threading.enumerate()).difference(*(list(idle) for idle in list(runs.IDLE_THREADS.values())))
-
-
 @pytest.fixture
 def new_threads() -> Callable[[], set[threading.Thread]]:
     """A function that returns the threads that have become busy during the test and still are."""
+    from streams import busy_threads  # loads the app
+
     before = busy_threads()
     return lambda: busy_threads() - before

@@ -145,7 +145,7 @@ def stream(path: str, folder: str) -> tuple[list[str], str, str]:
     started = time.monotonic()
     chunks: list[str] = []
     try:
-        with contextlib.closing(app.stream_object_detection(path, 0.3, folder=folder)) as updates:
+        with contextlib.closing(app.stream_object_detection(path, 0.3, plan=app.Plan(folder=folder))) as updates:
             for update in updates:
                 chunks.append(update.chunk)
                 if time.monotonic() - started > SECONDS:

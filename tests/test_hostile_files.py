@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
+from streams import stream
 from videos import Kind, ask_for_whole_video, ffmpeg, read_chunks
 
 import app
@@ -81,7 +82,7 @@ def client(server) -> Client:
 def assert_refused(path: str | Path) -> None:
     """Neither the app nor OpenCV, as the app uses it, gets a picture out of `path`."""
     with pytest.raises(gr.Error) as error:
-        list(app.stream_object_detection(str(path), 0.3))
+        list(stream(str(path), 0.3))
     assert error.value.message.endswith(".")
     assert os.path.dirname(path) not in error.value.message or not os.path.dirname(path)
     capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
@@ -316,7 +317,7 @@ def plain(tmp_path_factory) -> tuple[bytes, list[bytes]]:
 
 
 def chunks_of(path: Path, folder: Path) -> list[bytes]:
-    updates = app.stream_object_detection(str(path), 0.3, folder=str(folder))
+    updates = stream(str(path), 0.3, folder=str(folder))
     return [Path(update.chunk).read_bytes() for update in updates]
 
 

@@ -8,8 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import shapes
-from test_results import run
-from test_streaming import all_end, count_passes
+from streams import all_end, analysis_of, count_passes, run, stream
 from videos import Kind, read_chunks, read_number
 
 import app
@@ -67,9 +66,9 @@ def test_an_analysed_frame_is_known_after_the_end_of_each_chunk(video, slow_devi
 
 def test_only_what_the_model_found_is_reported(slow_device, tmp_path):
     report = keep_up(shutil.copy(EXAMPLE, tmp_path))
-    assert set(report.detections()["frame"]) <= set(report.cached)
+    assert set(report.results.detections()["frame"]) <= set(report.cached)
     assert len(report.cached) < 30
-    assert f"analysing every {report.step}th frame" in report.status("Done")
+    assert f"analysing every {report.step}th frame" in app.describe(report, "Done")
 
 
 def test_a_filled_frame_is_not_taken_for_an_analysed_one_if_another_run_analyses_it_meanwhile(
@@ -82,7 +81,7 @@ def test_a_filled_frame_is_not_taken_for_an_analysed_one_if_another_run_analyses
         draw(*args)
 
     monkeypatch.setattr(app, "draw", draw_while_another_run_adds)
-    update = next(app.stream_object_detection(video, 0.3, step=5, cached=cached, folder=str(tmp_path)))
+    update = next(stream(video, 0.3, step=5, cached=cached, folder=str(tmp_path)))
     first_batch = [frame.source_index for frame in update.frames][:4]
     assert first_batch == [0, 8, 18, 28]
 
@@ -112,7 +111,7 @@ def test_a_faster_device_later_does_not_cost_a_pass(video, slow_device, monkeypa
 @pytest.mark.parametrize("frames", [1, 2, 5, 9])
 def test_a_video_that_is_shorter_than_a_step_is_shown_whole(frames, tmp_path):
     path = str(Kind("short", frames=frames, audio=()).make(tmp_path))
-    updates = list(app.stream_object_detection(path, 1.0, step=7, folder=str(tmp_path)))
+    updates = list(stream(path, 1.0, step=7, folder=str(tmp_path)))
     shown = [read_number(picture) for picture in read_chunks([update.chunk for update in updates]).pictures]
     assert shown == list(range(0, frames, 2))
     assert updates[-1].is_end
@@ -122,10 +121,7 @@ def test_a_video_that_is_shorter_than_a_step_is_shown_whole(frames, tmp_path):
 def test_every_frame_of_a_variable_rate_is_shown_in_its_time(step, tmp_path):
     times = [0, 0.04, 0.08, 0.5, 0.54, 0.58, 1.9, 1.94, 2.5, 2.54, 2.58, 2.62]
     path = str(Kind("variable", times=times, audio=()).make(tmp_path))
-    chunks = [
-        [update.chunk for update in app.stream_object_detection(path, 1.0, step=n, folder=str(tmp_path))]
-        for n in (1, step)
-    ]
+    chunks = [[update.chunk for update in stream(path, 1.0, step=n, folder=str(tmp_path))] for n in (1, step)]
     every, some = ([read_number(picture) for picture in read_chunks(paths).pictures] for paths in chunks)
     assert some == every
 
@@ -139,7 +135,7 @@ def drawn(monkeypatch):
 
 
 def test_boxes_glide_between_analysed_frames(drawn, tmp_path):
-    for _ in app.stream_object_detection(EXAMPLE, 0.5, step=6, folder=str(tmp_path)):
+    for _ in stream(EXAMPLE, 0.5, step=6, folder=str(tmp_path)):
         pass
     (square,) = (number for number, label in app.DETECTOR.id2label.items() if label == "square")
     lefts = [frame.xyxy[(frame.class_id == square) & (frame.tracker_id == 1)][0, 0] for frame in drawn[5:12]]
@@ -155,7 +151,7 @@ def test_no_box_crosses_a_cut(drawn, tmp_path):
         for index in range(50):
             image = np.ascontiguousarray(shapes.example_frame(name, index)[:, :, ::-1])
             writer.write(cv2.resize(image, (320, 180)))
-    for _ in app.stream_object_detection(writer.close(), 0.5, resolution="Full", step=7, folder=str(tmp_path)):
+    for _ in stream(writer.close(), 0.5, resolution="Full", step=7, folder=str(tmp_path)):
         pass
     before, after = (
         {
@@ -182,7 +178,7 @@ def test_stop_in_mid_chunk_answers_at_once_and_keeps_the_chunks_before(video, sl
     monkeypatch.setattr(app.DETECTOR, "batch_frames", 2)
     with (
         app.new_run("a visitor") as current,
-        contextlib.closing(app.follow(current, video, 0.3, [], app.HALF)) as values,
+        contextlib.closing(app.show_run(current, video, [0.3])) as values,
     ):
         for value in values:
             if app.player in value:
@@ -196,17 +192,17 @@ def test_stop_in_mid_chunk_answers_at_once_and_keeps_the_chunks_before(video, sl
 
 
 def test_the_status_counts_the_frames_of_the_first_chunk(video, slow_device):
-    report = app.Report(video, 0.3, [], app.HALF)
-    assert report.status().startswith("First chunk: 0 of 7 frames")
+    report = analysis_of(video, 0.3)
+    assert app.describe(report).startswith("First chunk: 0 of 7 frames")
     report.cached.update({index: Detections.empty() for index in (0, 8, 18)})
-    assert report.status().startswith("First chunk: 3 of 7 frames, 0 s left")
+    assert app.describe(report).startswith("First chunk: 3 of 7 frames, 0 s left")
     report.cached.update({index: Detections.empty() for index in range(28, 150, 10)})
-    assert app.Report(video, 0.3, [], app.HALF, EVERY).status().startswith("First chunk: 7 of 30 frames")
+    assert app.describe(analysis_of(video, 0.3, analysed=EVERY)).startswith("First chunk: 7 of 30 frames")
 
 
 def test_the_status_counts_a_first_chunk_of_a_little_more_than_two_seconds(video, monkeypatch):
     monkeypatch.setattr(app.DETECTOR, "seconds_per_frame", 0.15)
-    report = app.Report(video, 0.3, [], app.HALF)
+    report = analysis_of(video, 0.3)
     report.cached.update({index: Detections.empty() for index in (0, *range(6, 62 + 1, 8))})
     assert report.step == 4
-    assert report.status().startswith("First chunk: 9 of 9 frames")
+    assert app.describe(report).startswith("First chunk: 9 of 9 frames")

@@ -11,7 +11,7 @@ import gradio as gr
 import numpy as np
 import pytest
 import shapes
-from test_streaming import all_end, count_passes
+from streams import all_end, analysis_of, count_passes, run, stream
 from videos import Kind, read_chunks
 
 import app
@@ -26,24 +26,12 @@ def video(tmp_path):
     return str(Kind("fresh", frames=82, audio=()).make(tmp_path))
 
 
-def run(video, conf_threshold=0.3, classes=(), resolution=app.HALF, save_to=None, analysed="Every frame"):
-    """The report of a whole run, as the page makes it. Its files are copied to the folder `save_to`."""
-    report = app.Report(video, conf_threshold, classes, resolution, analysed)
-    with closing(app.prefetch_chunks(report)) as updates:
-        while not report.is_end:
-            if update := next(updates):
-                report.add(update)
-        if save_to:
-            report.saved = [shutil.copy(path, save_to) for path in report.save()]
-    return report
-
-
 def test_a_frame_goes_through_the_model_once_whatever_the_threshold_and_the_classes(video, monkeypatch):
     passes = count_passes(monkeypatch)
     run(video, 0.3)
     assert sum(passes) == 41
     for settings in ((0.3,), (0.0,), (0.75,), (0.0, ["star"]), (0.2, ["circle", "cross"])):
-        run(video, *settings)
+        run(video, settings[0], classes=settings[1:] and settings[1])
     assert sum(passes) == 41
 
 
@@ -64,9 +52,9 @@ def test_a_file_that_changes_is_detected_again(video, tmp_path, monkeypatch):
 
 def test_a_restart_in_mid_stream_costs_only_the_rest(video, monkeypatch, new_threads):
     passes = count_passes(monkeypatch)
-    report = app.Report(video, 0.3, (), app.HALF)
-    updates = app.prefetch_chunks(report)
-    while not next(updates):
+    report = analysis_of(video, 0.3, analysed=app.EVERY_FRAME)
+    updates = report.stream()
+    while not report.add(next(updates)):
         pass
     updates.close()
     assert all_end(new_threads)
@@ -77,7 +65,7 @@ def test_a_restart_in_mid_stream_costs_only_the_rest(video, monkeypatch, new_thr
 def test_a_second_run_draws_the_same_pictures(video, tmp_path):
     def pictures(resolution):
         chunks = []
-        for update in app.stream_object_detection(video, 0.2, resolution=resolution, cached=cached, folder=tmp_path):
+        for update in stream(video, 0.2, resolution=resolution, cached=cached, folder=tmp_path):
             chunks.append(update.chunk)
         return read_chunks(chunks).pictures
 
@@ -90,12 +78,12 @@ def test_nothing_below_the_lowest_score_is_kept(video):
     detections = Detections.merge(run(video).cached.values())
     assert len(detections)
     assert detections.confidence.min() >= app.MIN_SCORE
-    shown = run(video, 0.0).detections()
+    shown = run(video, 0.0).results.detections()
     assert len(shown) == len(detections)
 
 
 def test_only_the_chosen_classes_are_reported():
-    assert set(run(str(EXAMPLE), 0.3, ["star", "cross"]).detections()["label"]) == {"star", "cross"}
+    assert set(run(str(EXAMPLE), 0.3, classes=["star", "cross"]).results.detections()["label"]) == {"star", "cross"}
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +98,13 @@ def saved(tmp_path_factory):
 
 
 def test_the_files_are_named_after_the_source(saved):
-    names = [path.rsplit("/", 1)[1] for path in saved]
+    names = [path.rsplit("/", 1)[1] for path in saved.values()]
     assert names == ["bouncing-shapes-boxes.mp4", "bouncing-shapes.csv", "bouncing-shapes.json"]
 
 
 def test_the_csv_says_where_the_rendered_shapes_are(report, saved):
     """In pixels of the uploaded video, at the source's frame and second."""
-    with open(saved[1], newline="") as file:
+    with open(saved["csv"], newline="") as file:
         rows = list(csv.DictReader(file))
     hits = 0
     for row in rows:
@@ -132,7 +120,7 @@ def test_the_csv_says_where_the_rendered_shapes_are(report, saved):
 
 
 def test_the_json_carries_what_a_program_needs(report, saved):
-    with open(saved[2]) as file:
+    with open(saved["json"]) as file:
         content = json.load(file)
     assert content["model"] == "shapes-rtdetr"
     assert content["threshold"] == 0.5
@@ -147,14 +135,14 @@ def test_the_json_carries_what_a_program_needs(report, saved):
 
 
 def test_the_table_and_the_plot_tell_the_same_story_as_the_truth(report):
-    results = {component: value for values in report.results() for component, value in values.items()}
+    results = {component: value for values in app.show_results(report) for component, value in values.items()}
     table = {row[0]: row[1:] for row in results[app.table].to_numpy().tolist()}
     truth = {}
     for frame in range(0, int(report.info.duration_seconds * report.info.fps), 2):
         for label in shapes.example_truth(EXAMPLE.stem, frame)[1]:
             truth.setdefault(app.DETECTOR.id2label[int(label)], []).append(frame)
     assert set(truth) <= set(table)
-    counts = next(values[app.plot]["value"] for values in report.results() if app.plot in values)
+    counts = next(values[app.plot]["value"] for values in app.show_results(report) if app.plot in values)
     for name in truth:
         objects, most, first, last = table[name]
         assert objects >= most >= 1
@@ -164,31 +152,31 @@ def test_the_table_and_the_plot_tell_the_same_story_as_the_truth(report):
 
 def test_a_threshold_of_0_costs_little_memory_per_frame(video):
     report = run(video, 0.0)
-    assert sum(rows.nbytes for rows in report._rows.values()) < 2000 * 41
+    assert sum(rows.nbytes for rows in report.results._rows.values()) < 2000 * 41
     assert len(pickle.dumps(report.cached)) < 2000 * 41
 
 
 def test_a_frame_that_two_gpu_calls_show_is_reported_once(video, tmp_path):
-    report = app.Report(video, 0.0, (), app.HALF)
-    update = next(app.stream_object_detection(video, 0.0, folder=str(tmp_path)))
+    report = analysis_of(video, 0.0)
+    update = next(stream(video, 0.0, folder=str(tmp_path)))
     report.add(update)
-    once = len(report.detections())
+    once = len(report.results.detections())
     report.add(update._replace(frames=update.frames[-1:]))
-    assert len(report.detections()) == once > 0
+    assert len(report.results.detections()) == once > 0
 
 
 def test_a_run_that_was_stopped_before_its_first_frame_does_not_advise_a_lower_threshold(video):
-    assert "Try a lower threshold" not in app.Report(video, 0.95, (), app.HALF).status("Stopped")
+    assert "Try a lower threshold" not in app.describe(analysis_of(video, 0.95), "Stopped")
 
 
 def test_analysed_seconds_never_exceed_the_duration(tmp_path):
     path = Kind("odd", frames=83, audio=()).make(tmp_path)
-    content = json.loads(Path(run(str(path), save_to=tmp_path).saved[2]).read_text())
+    content = json.loads(Path(run(str(path), save_to=tmp_path).saved["json"]).read_text())
     assert content["analysed_seconds"] <= content["video"]["duration_seconds"]
 
 
 def test_a_failure_comes_after_everything_that_was_found(video, monkeypatch):
-    report, calls = app.Report(video, 0.3, (), app.HALF), []
+    report, calls = analysis_of(video, 0.3, analysed=app.EVERY_FRAME), []
 
     def failing(frames):
         calls.extend(frames)
@@ -198,8 +186,7 @@ def test_a_failure_comes_after_everything_that_was_found(video, monkeypatch):
 
     detect = app.DETECTOR._forward_pass
     monkeypatch.setattr(app.DETECTOR, "_forward_pass", failing)
-    with closing(app.prefetch_chunks(report)) as updates, pytest.raises(gr.Error, match="Something went wrong"):
+    with closing(report.stream()) as updates, pytest.raises(gr.Error, match="Something went wrong"):
         while True:
-            if update := next(updates):
-                report.add(update)
+            report.add(next(updates))
     assert report.output_frames == 30, "the first chunk"

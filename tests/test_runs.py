@@ -10,7 +10,7 @@ from contextlib import closing
 
 import pytest
 from conftest import ROOT
-from test_streaming import all_end
+from streams import all_end
 
 from runs import BusyError, Prefetcher, RunQueue
 

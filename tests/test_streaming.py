@@ -12,7 +12,7 @@ import gradio as gr
 import numpy as np
 import pytest
 import shapes
-from conftest import busy_threads
+from streams import all_end, analysis_of, count_passes, stream
 from videos import Kind, read_chunks, read_number
 
 import app
@@ -32,25 +32,11 @@ def small_batches(monkeypatch):
     monkeypatch.setattr(app.DETECTOR, "batch_frames", 12)
 
 
-def count_passes(monkeypatch):
-    """A list that gets the number of frames of each forward pass, once those of the tests before have ended."""
-    assert all_end(lambda: {thread for thread in busy_threads() if thread.name.startswith("prefetch")}, seconds=10)
-    passes = []
-    forward = app.DETECTOR.model.forward
-
-    def counting(*args, **kwargs):
-        passes.append(len(kwargs["pixel_values"]))
-        return forward(*args, **kwargs)
-
-    monkeypatch.setattr(app.DETECTOR.model, "forward", counting)
-    return passes
-
-
 # ------------------------------------------------------------------------------------------------ chunks and batches
 
 
 def test_chunks_are_two_seconds_long_and_the_last_one_is_shorter(numbered, tmp_path):
-    updates = list(app.stream_object_detection(numbered, 1.0, folder=str(tmp_path)))
+    updates = list(stream(numbered, 1.0, folder=str(tmp_path)))
     chunks = [read_chunks([update.chunk]) for update in updates]
     assert [len(chunk.pictures) for chunk in chunks] == [30, 30, 2]
     assert [len(chunk.audio) for chunk in chunks] == [96_000, 96_000, 6_400]
@@ -60,16 +46,16 @@ def test_chunks_are_two_seconds_long_and_the_last_one_is_shorter(numbered, tmp_p
 
 
 def test_at_full_size_every_frame_is_shown(numbered, tmp_path):
-    updates = app.stream_object_detection(numbered, 1.0, resolution="Full", folder=str(tmp_path))
+    updates = stream(numbered, 1.0, resolution="Full", folder=str(tmp_path))
     pictures = read_chunks([update.chunk for update in updates]).pictures
     assert pictures[0].shape == (96, 160, 3)
     assert [read_number(picture) for picture in pictures] == list(range(123))
 
 
 def test_a_stream_that_begins_in_mid_video_equals_the_rest_of_a_whole_one(tmp_path):
-    whole = list(app.stream_object_detection(str(EXAMPLE), 0.3, folder=str(tmp_path)))
+    whole = list(stream(str(EXAMPLE), 0.3, folder=str(tmp_path)))
     after = whole[0]._replace(output_frames=100)
-    rest = list(app.stream_object_detection(str(EXAMPLE), 0.3, after=after, folder=str(tmp_path)))
+    rest = list(stream(str(EXAMPLE), 0.3, after=after, folder=str(tmp_path)))
     assert [update.output_frames for update in rest] == [update.output_frames for update in whole][3:], "same borders"
     expected = [frame for update in whole for frame in update.frames][100:]
     found = [frame for update in rest for frame in update.frames]
@@ -83,7 +69,7 @@ def test_a_stream_that_begins_in_mid_video_equals_the_rest_of_a_whole_one(tmp_pa
 
 def test_small_batches_make_the_same_chunks(numbered, small_batches, tmp_path, monkeypatch):
     passes = count_passes(monkeypatch)
-    updates = list(app.stream_object_detection(numbered, 1.0, folder=str(tmp_path)))
+    updates = list(stream(numbered, 1.0, folder=str(tmp_path)))
     assert len(passes) > 6
     assert [len(update.frames) for update in updates] == [30, 30, 2]
     assert [update.output_frames for update in updates] == [30, 60, 62]
@@ -120,27 +106,22 @@ def test_a_frame_that_is_shown_for_longer_is_detected_and_reported_once(tmp_path
     path = Kind("held", times=[0, 0.04, 0.08, 0.12, 0.16, 3, 3.04, 3.08, 3.12], audio=()).make(tmp_path)
     monkeypatch.setattr(app.DETECTOR, "batch_frames", 12)
     passes = count_passes(monkeypatch)
-    updates = list(app.stream_object_detection(str(path), 1.0, folder=str(tmp_path)))
+    updates = list(stream(str(path), 1.0, folder=str(tmp_path)))
     reported = [frame.source_index for update in updates for frame in update.frames]
     assert updates[-1].output_frames == len(read_chunks([update.chunk for update in updates]).pictures) == 40
     assert sum(passes) == len(reported) == len(set(reported)) < 10
 
 
-def test_a_cut_off_file_streams_as_far_as_it_goes_and_a_warning_gives_the_second(tmp_path, monkeypatch):
-    warnings = []
-    monkeypatch.setattr(gr, "Warning", warnings.append)
+def test_a_cut_off_file_streams_as_far_as_it_goes(tmp_path):
     options = ("-c:v", "libx264", "-pix_fmt", "yuv420p", "-g", 30)
     path = Kind("cut", frames=300, video=options, audio=(), muxer=("-movflags", "+faststart")).make(tmp_path)
     os.truncate(path, path.stat().st_size * 6 // 10)
-    report = app.Report(str(path), 1.0, [], app.HALF)
-    for update in app.stream_object_detection(str(path), 1.0, folder=str(tmp_path)):
-        report.warn_if_damaged()
-        assert not warnings, "before the end, a short output is normal"
+    report = analysis_of(str(path), 1.0)
+    for update in stream(str(path), 1.0, folder=str(tmp_path)):
+        assert not report.is_damaged, "before the end, a short output is normal"
         report.add(update)
-    report.warn_if_damaged()
+    assert report.is_damaged
     assert 4 < report.seconds < 8
-    assert len(warnings) == 1
-    assert f"first {report.seconds:.1f} seconds" in warnings[0]
 
 
 # ------------------------------------------------------------------------------------------------------- drawn boxes
@@ -148,7 +129,7 @@ def test_a_cut_off_file_streams_as_far_as_it_goes_and_a_warning_gives_the_second
 
 def test_boxes_are_drawn_where_the_rendered_shapes_are(tmp_path):
     """In the decoded chunks: the outline has the label's colour on each side of the shape's true box."""
-    updates = list(app.stream_object_detection(str(EXAMPLE), 0.5, folder=str(tmp_path)))
+    updates = list(stream(str(EXAMPLE), 0.5, folder=str(tmp_path)))
     pictures = read_chunks([update.chunk for update in updates]).pictures
     frames = [frame for update in updates for frame in update.frames]
     outlined = at_a_shape = total = 0
@@ -182,7 +163,7 @@ def outline_is_near(picture, box, color, tolerance=3):
 
 def first_chunk(folder, conf_threshold, classes=()):
     """The first two seconds of the example: decoded pictures (N, H, W, 3), and the model's detections."""
-    updates = app.stream_object_detection(str(EXAMPLE), conf_threshold, classes, tracks=False, folder=str(folder))
+    updates = stream(str(EXAMPLE), conf_threshold, classes=classes, tracks=False, folder=str(folder))
     with closing(updates):
         update = next(updates)
     return np.array(read_chunks([update.chunk]).pictures).astype(int), [f.detections for f in update.frames]
@@ -217,20 +198,13 @@ def test_only_boxes_of_the_chosen_classes_are_drawn(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- its ends
 
 
-def all_end(new_threads, seconds=3):
-    deadline = time.monotonic() + seconds
-    while new_threads() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not new_threads()
-
-
 @pytest.mark.parametrize("updates_taken", [1, 2])
 def test_closing_ends_all_threads_and_leaves_only_the_yielded_chunks(
     updates_taken, numbered, small_batches, tmp_path, monkeypatch, new_threads
 ):
     """By default, chunks are in the system's temporary folder."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    updates = app.stream_object_detection(numbered, 1.0)
+    updates = stream(numbered, 1.0)
     chunks = [update.chunk for update in itertools.islice(updates, updates_taken)]
     assert new_threads()
     updates.close()
@@ -250,7 +224,7 @@ def test_an_unfinished_chunk_is_removed_when_the_stream_fails(numbered, small_ba
         write(writer, image)
 
     monkeypatch.setattr(app.ChunkWriter, "write", fail_in_the_second_chunk)
-    updates = app.stream_object_detection(numbered, 1.0, folder=str(tmp_path))
+    updates = stream(numbered, 1.0, folder=str(tmp_path))
     chunk = next(updates).chunk
     with pytest.raises(gr.Error, match="could not store the result"):
         next(updates)
@@ -269,7 +243,7 @@ def test_an_error_in_a_stage_reaches_the_caller_and_leaves_no_thread_or_file(
 
     monkeypatch.setattr(app.DETECTOR.model, "forward", fail_in_the_third_pass)
     with pytest.raises(gr.Error, match="Something went wrong"):
-        list(app.stream_object_detection(numbered, 1.0, folder=str(tmp_path)))
+        list(stream(numbered, 1.0, folder=str(tmp_path)))
     assert all_end(new_threads)
     assert not os.listdir(tmp_path)
 
@@ -280,7 +254,7 @@ def test_an_encoder_that_fails_leaves_no_thread_or_file(numbered, tmp_path, monk
 
     monkeypatch.setattr(app.ChunkWriter, "write_audio", fail)
     with pytest.raises(gr.Error, match="could not store the result"):
-        list(app.stream_object_detection(numbered, 1.0, folder=str(tmp_path)))
+        list(stream(numbered, 1.0, folder=str(tmp_path)))
     assert all_end(new_threads)
     assert not os.listdir(tmp_path)
 
@@ -290,7 +264,7 @@ def test_nothing_is_written_to_the_working_directory(numbered, tmp_path, monkeyp
     working.mkdir()
     chunks.mkdir()
     monkeypatch.chdir(working)
-    assert len(list(app.stream_object_detection(numbered, 1.0, folder=str(chunks)))) == len(os.listdir(chunks)) == 3
+    assert len(list(stream(numbered, 1.0, folder=str(chunks)))) == len(os.listdir(chunks)) == 3
     assert not os.listdir(working)
 
 
@@ -299,7 +273,7 @@ def test_an_unusable_file_is_an_error_of_gradio_with_a_sentence(content, tmp_pat
     path = tmp_path / "upload.mp4"
     path.write_bytes(content)
     with pytest.raises(gr.Error) as error:
-        list(app.stream_object_detection(str(path), 0.3, folder=str(tmp_path)))
+        list(stream(str(path), 0.3, folder=str(tmp_path)))
     assert error.value.message.endswith(".")
     assert str(tmp_path) not in error.value.message
     assert os.listdir(tmp_path) == ["upload.mp4"]
@@ -314,7 +288,7 @@ def test_closing_the_stream_does_not_wait_for_a_pass(numbered, small_batches, tm
         return forward(**inputs)
 
     monkeypatch.setattr(app.DETECTOR.model, "forward", slow)
-    updates = app.stream_object_detection(numbered, 1.0, folder=str(tmp_path))
+    updates = stream(numbered, 1.0, folder=str(tmp_path))
     next(updates)
     for _ in range(4):
         began.acquire(timeout=5)

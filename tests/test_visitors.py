@@ -17,6 +17,7 @@ import gradio as gr
 import numpy as np
 import pytest
 from gradio_client import Client
+from streams import analysis_of, stream
 from videos import Kind, ask_for_whole_video, read_chunks
 
 import app
@@ -37,11 +38,11 @@ def test_eight_clients_at_once_get_each_what_they_get_alone(server, tmp_path):
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(visit, jobs, timeout=200))
     for (path, threshold, resolution), (annotated, found) in zip(jobs, answers, strict=True):
-        report = app.Report(str(path), threshold, [], resolution)
-        for update in app.stream_object_detection(str(path), threshold, resolution=resolution, folder=tmp_path):
+        report = analysis_of(path, threshold, resolution=resolution)
+        for update in stream(str(path), threshold, resolution=resolution, folder=tmp_path):
             report.add(update)
         report.folder = str(tmp_path)
-        assert found == json.loads(Path(report.save()[2]).read_text())
+        assert found == json.loads(Path(report.save()["json"]).read_text())
         np.testing.assert_array_equal(read_chunks([annotated]).pictures, read_chunks(report.chunks).pictures)
 
 
@@ -51,7 +52,6 @@ class Visitor:
     def __init__(self, server, path, threshold=0.3, endpoint="stream_object_detection"):
         self.url = f"{server}/gradio_api/call/{endpoint}"
         data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, threshold, [], "Half (fast)", "Every frame", True]
-        data += [-1] if endpoint == "stream_object_detection" else []
         request = urllib.request.Request(
             self.url, json.dumps({"data": data}).encode(), {"Content-Type": "application/json"}
         )
@@ -160,7 +160,7 @@ def test_after_thirty_visitors_who_went_all_is_as_after_the_fifth(server_process
 
 def test_visitors_who_leave_at_the_worst_of_moments_do_not_freeze_the_app(tmp_path):
     """In a process of its own, which could not go on after a freeze."""
-    script, path = Path(__file__).with_name("dropped_runs.py"), Kind("dropped", frames=200).make(tmp_path)
+    script, path = Path(__file__).with_name("support") / "dropped_runs.py", Kind("dropped", frames=200).make(tmp_path)
     env = {**os.environ, "TMPDIR": str(tmp_path)}
     result = subprocess.run([sys.executable, script, path], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -174,14 +174,14 @@ def request_of(session):
     return SimpleNamespace(session_hash=session)
 
 
-def stream(session, path):
+def page_run(session, path):
     """What a run of one session sends to the page."""
-    return app.stream_to_page(str(path), 0.3, [], app.HALF, "Every frame", True, -1, request_of(session))
+    return app.start(request_of(session), str(path), 0.3, [], app.HALF, "Every frame", True)
 
 
 def watch(session, path, lines):
     """A run of one session on the page; collects its status lines."""
-    for values in stream(session, path):
+    for values in page_run(session, path):
         if isinstance(status := values.get(app.status), str):
             lines.append(status)
 
@@ -198,7 +198,7 @@ def test_a_run_that_waits_says_its_position_and_can_be_stopped(video, monkeypatc
         run = pool.submit(watch, "a", video, lines)
         while not lines:
             time.sleep(0.01)
-        app.stop_run(request_of("a"))
+        app.stop(request_of("a"))
         run.result(timeout=2)
     assert lines[0] == "Waiting in the queue: position 1."
     assert lines[-1].startswith("Stopped: 0.0 s of video")
@@ -227,7 +227,7 @@ def test_a_full_queue_gets_a_sentence(video, monkeypatch):
 
 def test_a_run_sends_nothing_while_gradio_still_sends_the_last_output_of_the_one_before(video):
     """However long it takes: an old chunk after the new run's first output would stay on the page."""
-    first, second, third = (stream(session, video) for session in "aaa")
+    first, second, third = (page_run(session, video) for session in "aaa")
     while app.player not in next(first):
         pass
     with ThreadPoolExecutor() as pool:

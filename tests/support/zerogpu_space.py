@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT, FOLDER = Path(__file__).parents[1], Path(sys.argv[1])
+ROOT, FOLDER = Path(__file__).parents[2], Path(sys.argv[1])
 sys.path.insert(0, str(ROOT))
 os.environ |= {
     "SPACES_ZERO_GPU": "true",
@@ -48,6 +48,7 @@ for module in (spaces.zero.torch, spaces.zero.wrappers.torch):
 
 import cv2
 from gradio.context import LocalContext
+from streams import analysis_of
 from videos import Kind, read_chunks, read_number
 
 import app
@@ -127,18 +128,14 @@ def requests_seen():
         yield seen
 
 
-def new_report(video: str, conf_threshold: float = 1.0) -> app.Report:
-    return app.Report(video, conf_threshold, [], app.HALF)
-
-
-def watch(report: app.Report, after_each=do_nothing) -> dict:
+def watch(report: app.Analysis, after_each=do_nothing) -> dict:
     """A run from its beginning to its end: what the chunks show, and what went wrong."""
     numbers, samples, error = [], 0, None
-    with contextlib.closing(app.prefetch_chunks(report)) as updates:
+    with contextlib.closing(report.stream()) as updates:
         try:
             while not report.is_end:
-                if update := next(updates):
-                    report.add(update)
+                update = next(updates)
+                if report.add(update):
                     output = read_chunks([update.chunk])
                     numbers += [read_number(picture) for picture in output.pictures]
                     samples += len(output.audio)
@@ -177,36 +174,36 @@ def seconds_until(condition, limit: float = 15) -> float:
 def whole_run(video: str, platform: Platform) -> dict:
     LocalContext.request.set("a visitor's request")
     with requests_seen() as paces:
-        run = watch(new_report(video))
+        run = watch(analysis_of(video, 1.0))
     LocalContext.request.set(None)
     return run | record(platform) | {"visitors": platform.visitors, "paces": paces, "left": temporary_files()}
 
 
 def budget_that_ends(video: str, platform: Platform) -> dict:
     with short_budgets(), slow_gpu(0.2), requests_seen() as paces:
-        run = watch(new_report(video)) | {"paces": paces}
+        run = watch(analysis_of(video, 1.0)) | {"paces": paces}
         requests = len(platform.requests)
-        again = watch(new_report(video, conf_threshold=0.99))
+        again = watch(analysis_of(video, conf_threshold=0.99))
     return run | record(platform) | {"again": again, "requests_of_again": len(platform.requests) - requests}
 
 
 def budget_that_ends_and_another_gpu(video: str, platform: Platform) -> dict:
     platform.has_always_new_gpus = True
     with short_budgets(), slow_gpu(0.2):
-        return watch(new_report(video)) | record(platform)
+        return watch(analysis_of(video, 1.0)) | record(platform)
 
 
 def slow_page(video: str, platform: Platform) -> dict:
     platform.refuses_after, pauses = 1, iter([3])
     with short_budgets(), slow_gpu(0.2), requests_seen() as paces:
-        watch(new_report(video), after_each=lambda _: time.sleep(next(pauses, 0)))
+        watch(analysis_of(video, 1.0), after_each=lambda _: time.sleep(next(pauses, 0)))
     return {"paces": paces, "paused_seconds": 3}
 
 
 def refused_second_call(video: str, platform: Platform) -> dict:
     platform.refuses_after = 1
     with short_budgets(), slow_gpu(0.2):
-        return watch(new_report(video)) | record(platform)
+        return watch(analysis_of(video, 1.0)) | record(platform)
 
 
 def killed_worker(video: str, platform: Platform) -> dict:
@@ -215,16 +212,16 @@ def killed_worker(video: str, platform: Platform) -> dict:
         os.kill(worker.pid, signal.SIGKILL)
 
     with slow_gpu(0.2):
-        run = watch(new_report(video), after_each=kill_worker) | record(platform)
-    return run | {"next": watch(new_report(video)), "left": temporary_files()}
+        run = watch(analysis_of(video, 1.0), after_each=kill_worker) | record(platform)
+    return run | {"next": watch(analysis_of(video, 1.0)), "left": temporary_files()}
 
 
 def visitor_who_leaves(video: str, platform: Platform) -> dict:
     long_video = str(Kind("long", frames=1500).make(FOLDER))
 
     def leave_after_a_chunk() -> float:
-        updates = app.prefetch_chunks(new_report(long_video))
-        while not next(updates):
+        updates = analysis_of(long_video, 1.0).stream()
+        while not isinstance(next(updates), app.StreamUpdate):
             pass
         began = time.monotonic()
         updates.close()
@@ -235,18 +232,19 @@ def visitor_who_leaves(video: str, platform: Platform) -> dict:
         seconds_to_release = seconds_until(lambda: platform.releases)
         seconds_until(lambda: not temporary_files())
     found = {"seconds_to_close": seconds_to_close, "seconds_to_release": seconds_to_release}
-    return found | record(platform) | {"left": temporary_files(), "next": watch(new_report(video))}
+    return found | record(platform) | {"left": temporary_files(), "next": watch(analysis_of(video, 1.0))}
 
 
 def visitor_who_leaves_while_waiting(video: str, platform: Platform) -> dict:
     platform.waiting_seconds = 2.5
 
     def leave_after_a_second() -> tuple[int, bool, float]:
-        report, heartbeats, said_so, began = new_report(video), 0, False, time.monotonic()
-        updates = app.prefetch_chunks(report)
+        report, heartbeats, said_so, began = analysis_of(video, 1.0), 0, False, time.monotonic()
+        updates = report.stream()
         for update in updates:
+            report.add(update)
             heartbeats += update is None
-            said_so = said_so or "Waiting for a GPU" in report.status()
+            said_so = said_so or "Waiting for a GPU" in app.describe(report)
             if time.monotonic() > began + 1.4:
                 break
         began = time.monotonic()
@@ -273,21 +271,14 @@ def damaged_file(video: str, platform: Platform) -> dict:
     cut_off = Path(video).with_name("cut-off.mp4")
     content = Path(video).read_bytes()
     cut_off.write_bytes(content[: len(content) * 6 // 10])
-    log = FOLDER / "warnings.txt"  # a file, since a worker's list would be lost
-    log.touch()
-    report = new_report(str(cut_off))
-    with patched(app.gr, Warning=lambda message: log.open("a").write(f"{os.getpid()} {message}\n")):
-        run = watch(report)
-        by_worker = log.read_text()
-        report.warn_if_damaged()
-    warning = log.read_text().removeprefix(by_worker)
-    return run | {"by_worker": by_worker, "warning": warning}
+    report = analysis_of(cut_off, 1.0)
+    return watch(report) | {"is_damaged": report.is_damaged}
 
 
 def visitors_at_once(video: str, platform: Platform) -> dict:
     def visit(delay: float) -> list[int]:
         time.sleep(delay)
-        return watch(new_report(video))["numbers"]
+        return watch(analysis_of(video, 1.0))["numbers"]
 
     with slow_gpu(0.05), ThreadPoolExecutor() as pool:
         return {"runs": list(pool.map(visit, (0, 0.05, 0.5)))} | record(platform)
@@ -299,7 +290,7 @@ def forks(video: str, platform: Platform) -> dict:
     frames = []
     for _ in range(10):
         os.utime(video)
-        frames.append(watch(new_report(video))["frames"])
+        frames.append(watch(analysis_of(video, 1.0))["frames"])
     return {"frames": frames} | record(platform)
 
 

@@ -41,7 +41,7 @@ class Lock:
 
 threading.Lock = Lock  # before the imports: they make locks for the whole process
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("MODEL_ID", str(ROOT / "examples/shapes-rtdetr"))
 
@@ -64,7 +64,7 @@ def take_locks() -> None:
 def visit(session: int) -> None:
     """Watches a video until the first chunk, or only until the first status, and leaves."""
     request = SimpleNamespace(session_hash=session)
-    run = app.stream_to_page(sys.argv[1], 0.3, [], app.HALF, app.EVERY_FRAME, True, 0, request)
+    run = app.start(request, sys.argv[1], 0.3, [], app.HALF, app.EVERY_FRAME, True)
     while (app.player if session % 3 else app.status) not in next(run):
         pass
     cycle = [run]
