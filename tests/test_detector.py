@@ -81,7 +81,6 @@ def official_answers():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_lower_precision_finds_the_same_objects(official_answers, dtype, monkeypatch):
-    """99 in 100 detections have their like, and none is missing that is 0.05 above the threshold."""
     detector = detector_in(dtype, monkeypatch)
     answers = []
     for frame, official in official_answers:
@@ -92,18 +91,22 @@ def test_lower_precision_finds_the_same_objects(official_answers, dtype, monkeyp
 
 
 def assert_same_objects(answers, threshold):
-    right = total = 0
+    """No box appears or disappears, except within 0.1 of the threshold, and the scores differ by 0.005 on average.
+
+    The average, because each processor rounds in its own way: where two boxes fit an object equally well, the model
+    may give one's score to the other. In bfloat16, that happens to about 1 box in 100, with 0.002 on average, whatever
+    the instructions (`ONEDNN_MAX_CPU_ISA`); with the decoder in bfloat16, it is 0.008.
+    """
+    differences = []
     for fast, official in answers:
         for some, others in ((fast, official), (official, fast)):
             for detection in some[some[:, 4] > threshold]:
-                # A like one may have fallen below the threshold by as little as its score may differ.
-                like = (shapes.overlap(detection[:4], others[:, :4]) >= 0.9) & (detection[5] == others[:, 5])
-                right += (like & (np.abs(detection[4] - others[:, 4]) <= 0.05)).any()
-                total += 1
-                is_found = (like & (others[:, 4] > threshold)).any()
-                assert is_found or some is fast or detection[4] < threshold + 0.05
-    assert total > 200
-    assert right / total >= 0.99
+                is_like = (shapes.overlap(detection[:4], others[:, :4]) >= 0.9) & (detection[5] == others[:, 5])
+                scores = others[is_like, 4]
+                assert (scores > threshold).any() or detection[4] < threshold + 0.1
+                differences.append(np.abs(scores - detection[4]).min(initial=1))
+    assert len(differences) > 200
+    assert np.mean(differences) < 0.005
 
 
 def test_a_model_that_exceeds_float16_runs_in_float32(official_answers, monkeypatch, caplog):
