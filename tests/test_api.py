@@ -78,8 +78,8 @@ def test_a_program_can_ask_for_every_frame_at_full_size_and_for_some_classes(cli
 
 def test_every_endpoint_has_a_name_and_says_what_it_does(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
-    assert set(endpoints) == {"/stream_object_detection", "/detect_video"}
-    for endpoint in endpoints.values():
-        names = [parameter["parameter_name"] for parameter in endpoint["parameters"]]
-        assert names == ["video", "conf_threshold", "classes", "resolution", "analysed", "tracks"]
-        assert all(parameter["parameter_has_default"] for parameter in endpoint["parameters"][1:])
+    assert set(endpoints) == {"/detect_video"}, "programs cannot use the page's stream"
+    parameters = endpoints["/detect_video"]["parameters"]
+    names = [parameter["parameter_name"] for parameter in parameters]
+    assert names == ["video", "conf_threshold", "classes", "resolution", "analysed", "tracks"]
+    assert all(parameter["parameter_has_default"] for parameter in parameters[1:])
