@@ -883,9 +883,8 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 864
     # A new run replaces the one before, and runs have a queue of their own.
     run = {"outputs": shown, "trigger_mode": "multiple", "concurrency_limit": None, "show_progress": "hidden"}
     new_source = [source.change, start_button.click]
-    gr.on(
-        new_source, start, settings, js="startOver", api_name="stream_object_detection", api_visibility="undocumented", **run
-    )  # fmt: skip
+    api = {"api_name": "stream_object_detection", "api_visibility": "undocumented"}  # a stream is of no use to programs
+    gr.on(new_source, start, settings, js="startOver", **api, **run)
     changes = [setting.change for setting in settings[1:]]
     playhead = gr.Number(0, visible=False)
     gr.on(changes, redraw, [*settings, playhead], js="resume", api_visibility="private", **run)

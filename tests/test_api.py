@@ -19,9 +19,14 @@ def client(server):
     return Client(server, verbose=False)
 
 
+def settings(path, conf_threshold=0.3):
+    """Everything that the page sends."""
+    return [handle_file(path), conf_threshold, [], "Half (fast)", "As many as keep up", True]
+
+
 def test_the_stream_can_be_called_by_name_and_is_as_long_as_the_video(client, tmp_path):
     path = Kind("api", frames=123).make(tmp_path)
-    job = client.submit(handle_file(path), 0.3, api_name="/stream_object_detection")
+    job = client.submit(*settings(path), api_name="/stream_object_detection")
     job.result(timeout=60)
     playlists = [Path(output[0]) for output in job.outputs() if isinstance(output[0], str)]
     seconds = [float(value) for value in re.findall(r"#EXTINF:([\d.]+)", playlists[-1].read_text())]
@@ -32,23 +37,23 @@ def test_a_file_that_is_not_a_video_gets_a_sentence_and_the_server_lives_on(clie
     path = tmp_path / "notes.mp4"
     path.write_text("not a video")
     with pytest.raises(AppError, match="incomplete or not a video"):
-        client.predict(handle_file(path), 0.3, api_name="/stream_object_detection")
+        client.predict(*settings(path), api_name="/stream_object_detection")
     good = Kind("good", frames=4).make(tmp_path)
-    assert client.predict(handle_file(good), 0.3, api_name="/stream_object_detection")
+    assert client.predict(*settings(good), api_name="/stream_object_detection")
 
 
 def test_no_chunk_stays_on_disk_after_a_run(client, cache, tmp_path):
     path = Kind("tidy", frames=70).make(tmp_path)
-    client.predict(handle_file(path), 0.3, api_name="/stream_object_detection")
+    client.predict(*settings(path), api_name="/stream_object_detection")
     assert not list((cache / "tmp").iterdir())
 
 
 def test_a_run_that_is_replaced_ends_with_nothing_to_show(client, tmp_path):
     path = Kind("replaced", frames=3000, audio=()).make(tmp_path)
-    replaced = client.submit(handle_file(path), 0.3, api_name="/stream_object_detection")
+    replaced = client.submit(*settings(path), api_name="/stream_object_detection")
     while len(replaced.outputs()) < 3:
         time.sleep(0.05)
-    successor = client.submit(handle_file(path), 0.9, api_name="/stream_object_detection")  # of the same session
+    successor = client.submit(*settings(path, 0.9), api_name="/stream_object_detection")  # of the same session
     # Gradio sends the last output again when a run ends, which may be after the successor's first one.
     assert all(output["__type__"] == "update" and "value" not in output for output in replaced.result(timeout=20))
     assert not successor.done()

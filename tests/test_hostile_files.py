@@ -250,12 +250,12 @@ def test_an_upload_that_points_elsewhere_is_refused_by_the_server(make, name, en
         path = tmp_path / name
         path.write_text(make(target))
         with pytest.raises(AppError, match=r"This file .*\.$"):
-            client.predict(handle_file(path), 0.5, [], "Half (fast)", api_name=endpoint)
+            client.predict(handle_file(path), 0.5, [], "Half (fast)", "Every frame", True, api_name=endpoint)
 
 
 def call(server: str, endpoint: str, video: object) -> str:
     """The server's answer to a program that sends `video` as the video."""
-    body = json.dumps({"data": [video, 0.5, [], "Half (fast)"]}).encode()
+    body = json.dumps({"data": [video, 0.5, [], "Half (fast)", "Every frame", True]}).encode()
     url = f"{server}/gradio_api/call/{endpoint}"
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=20) as answer:
