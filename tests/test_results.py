@@ -62,7 +62,7 @@ def test_a_file_that_changes_is_detected_again(video, tmp_path, monkeypatch):
 
 def test_a_restart_in_mid_stream_costs_only_the_rest(video, monkeypatch, new_threads):
     passes = count_passes(monkeypatch)
-    report = app.Report(video, 0.3, (), app.HALF)
+    report = app.Report(video, 0.3, (), app.HALF, "Every frame")
     updates = app.prefetch_chunks(report)
     while not next(updates):
         pass
@@ -186,7 +186,7 @@ def test_analysed_seconds_never_exceed_the_duration(tmp_path):
 
 
 def test_a_failure_comes_after_everything_that_was_found(video, monkeypatch):
-    report, calls = app.Report(video, 0.3, (), app.HALF), []
+    report, calls = app.Report(video, 0.3, (), app.HALF, "Every frame"), []
 
     def failing(frames):
         calls.extend(frames)

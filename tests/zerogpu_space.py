@@ -128,7 +128,7 @@ def requests_seen():
 
 
 def new_report(video: str, conf_threshold: float = 1.0) -> app.Report:
-    return app.Report(video, conf_threshold, [], app.HALF)
+    return app.Report(video, conf_threshold, [], app.HALF, app.EVERY_FRAME)
 
 
 def watch(report: app.Report, after_each=do_nothing) -> dict:
