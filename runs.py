@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator
 from queue import Empty, SimpleQueue
@@ -118,7 +119,8 @@ class BackgroundThread(threading.Thread):
 
     def run(self) -> None:
         if sys.platform == "linux":  # elsewhere, this would be the whole process
-            os.setpriority(os.PRIO_PROCESS, 0, self.niceness)
+            with contextlib.suppress(OSError):  # a sandbox may forbid it
+                os.setpriority(os.PRIO_PROCESS, 0, self.niceness)
         while job := self.inbox.get():
             try:
                 self._serve(*job)
@@ -139,6 +141,7 @@ class BackgroundThread(threading.Thread):
                 try:
                     results.put((context.run(next, items), None))
                 except BaseException as error:  # StopIteration, too
+                    traceback.clear_frames(error.__traceback__)  # else files stay open as long as the error lives
                     results.put((None, error))
             results.put((None, StopIteration()))  # if the process exits, somebody may still wait for an item
             context.run(items.close)

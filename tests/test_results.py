@@ -52,7 +52,7 @@ def test_a_file_that_changes_is_detected_again(video, tmp_path, monkeypatch):
 
 def test_a_restart_in_mid_stream_costs_only_the_rest(video, monkeypatch, new_threads):
     passes = count_passes(monkeypatch)
-    report = analysis_of(video, 0.3, analysed=app.EVERY_FRAME)
+    report = analysis_of(video, 0.3)
     updates = report.stream()
     while not report.add(next(updates)):
         pass
@@ -176,7 +176,7 @@ def test_analysed_seconds_never_exceed_the_duration(tmp_path):
 
 
 def test_a_failure_comes_after_everything_that_was_found(video, monkeypatch):
-    report, calls = analysis_of(video, 0.3, analysed=app.EVERY_FRAME), []
+    report, calls = analysis_of(video, 0.3), []
 
     def failing(frames):
         calls.extend(frames)

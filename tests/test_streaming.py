@@ -294,5 +294,5 @@ def test_closing_the_stream_does_not_wait_for_a_pass(numbered, small_batches, tm
         began.acquire(timeout=5)
     closed_at = time.monotonic()
     updates.close()
-    assert time.monotonic() - closed_at < 0.1
+    assert time.monotonic() - closed_at < 0.5
     assert all_end(new_threads)

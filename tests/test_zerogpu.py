@@ -126,7 +126,7 @@ def test_a_visitor_who_waits_for_a_gpu_is_told_so(happened):
 def test_a_gpu_that_comes_too_late_is_given_back_at_once(happened):
     run = happened("visitor_who_leaves_while_waiting")
     assert run["granted_before"] == 0
-    assert run["seconds_to_close"] < 0.1
+    assert run["seconds_to_close"] < 0.5
     assert len(run["requests"]) == len(run["releases"]) == 1
     assert run["seconds_to_release"] < 6
     assert run["left"] == []

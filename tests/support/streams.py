@@ -21,13 +21,13 @@ def stream(video: object, conf_threshold: float, **settings: object) -> Iterator
 
 
 def analysis_of(video: object, conf_threshold: float = 0.3, **options: object) -> app.Analysis:
-    """A run that has not begun."""
-    return app.Analysis(str(video), conf_threshold, app.Options(**options))
+    """A run that has not begun; of every frame, unless `analysed` is given."""
+    return app.Analysis(str(video), conf_threshold, app.Options(**{"analysed": app.EVERY_FRAME, **options}))
 
 
 def run(video: object, conf_threshold: float = 0.3, save_to: object = None, **options: object) -> app.Analysis:
-    """A whole run of every frame, as the page makes it. Its files are copied to the folder `save_to`."""
-    analysis = analysis_of(video, conf_threshold, **{"analysed": app.EVERY_FRAME, **options})
+    """A whole run, as the page makes it. Its files are copied to the folder `save_to`."""
+    analysis = analysis_of(video, conf_threshold, **options)
     with closing(analysis.stream()) as updates:
         while not analysis.is_end:
             analysis.add(next(updates))
