@@ -294,10 +294,10 @@ class Detector:
                 "and no do_pad"
             )
         self.input_size = (processor.size.height, processor.size.width)
-        model = AutoModelForObjectDetection.from_pretrained(folder, dtype=torch.float32).eval()
-        self.model = model.to(DEVICE)
         self.half_dtype = half_dtype()
+        self.model = AutoModelForObjectDetection.from_pretrained(folder, dtype=torch.float32).eval()
         self._optimize()
+        self.model.to(DEVICE)  # after all arithmetic: on ZeroGPU, this only marks the weights for the workers
         self.passes_at_once = CPU_COUNT if DEVICE.type == "cpu" else 1
         self.batch_frames = self.passes_at_once * max(1, PASS_PIXELS[DEVICE.type] // math.prod(self.input_size))
         self._lock = threading.Lock()  # visitors take turns: two passes at once take twice the memory
