@@ -142,20 +142,24 @@ def stream_object_detection(
     Raises:
         gr.Error: If the file is not a video that can be decoded, or something else fails.
     """
-    began, options, plan = time.monotonic(), options or Options(), plan or Plan()
-    deadline = began + plan.budget_seconds - GPU_RESERVE_SECONDS
+    began = time.monotonic()
+    options, plan = options or Options(), plan or Plan()
     try:
-        info, divisor = read_video_info(video), RESOLUTIONS[options.resolution]
+        info = read_video_info(video)
+        divisor = RESOLUTIONS[options.resolution]
         fps = info.fps / divisor
         chunk_frames = plan.step * max(1, round(CHUNK_SECONDS * fps / plan.step))
+        # How many frames the output has so far.
         end, tracker = (plan.after.output_frames, plan.after.tracker) if plan.after else (0, ObjectTracker(fps))
-        audio = AudioReader(info, end / fps) if info.audio_channels else None
         frames = sample_frames(info, fps, Fraction(1, divisor), end)
+        audio = AudioReader(info, end / fps) if info.audio_channels else None
         batches = Prefetcher(read_batches(frames, end, plan.step, chunk_frames))
+        deadline = began + plan.budget_seconds - GPU_RESERVE_SECONDS
         with contextlib.closing(Prefetcher(detect_batches(batches, plan.cached, plan.step, deadline))) as detected:
             for first in detected:
                 found = []
-                with ChunkWriter(plan.folder, first.frames[0].image.shape[1::-1], fps, info.audio_channels) as writer:
+                size = first.frames[0].image.shape[1::-1]
+                with ChunkWriter(plan.folder, size, fps, info.audio_channels) as writer:
                     for batch in itertools.chain([first], detected):
                         found += draw_batch(batch, conf_threshold, options, tracker)
                         for frame in batch.frames:
@@ -177,7 +181,7 @@ class Batch(NamedTuple):
     frames: list[Frame]
     is_end: bool  # of the video
     detections: Sequence[Detections] = ()  # on each frame; this and the rest is added by `detect_batches`
-    analysed: Sequence[bool] = ()  # whether the model found them, not interpolated, and not on a frame shown again
+    is_analysed: Sequence[bool] = ()  # whether the model found them, not interpolated, and not on a frame shown again
     cuts: Sequence[bool] = ()  # whether a new shot begins with the frame
     is_cached: bool = False  # whether no frame needed the model
 
@@ -206,22 +210,25 @@ def detect_batches(
 
     Ends at the first batch that needs the model after `deadline` (`time.monotonic`).
     """
-    find_cut, before, last_index = CutFinder(), None, -1
+    find_cut = CutFinder()
+    before: Detections | None = None  # on the last frame of the batch before
+    last_index = -1
     with contextlib.closing(batches):
         for batch in batches:
-            to_analyse = [*batch.frames[step - 1 :: step], batch.frames[-1]]
-            to_analyse += batch.frames[:1] if before is None else []
-            new = {frame.source_index: frame.image for frame in to_analyse if frame.source_index not in cached}
-            if new and time.monotonic() > deadline:
+            wanted = [*batch.frames[step - 1 :: step], batch.frames[-1]]
+            if before is None:
+                wanted.append(batch.frames[0])
+            missing = {frame.source_index: frame.image for frame in wanted if frame.source_index not in cached}
+            if missing and time.monotonic() > deadline:
                 return
-            if new:
-                cached.update(zip(new, DETECTOR([*new.values()]), strict=True))
+            if missing:
+                cached.update(zip(missing, DETECTOR([*missing.values()]), strict=True))
             cuts = [find_cut(frame.image) for frame in batch.frames]
-            found = [cached.get(frame.source_index) for frame in batch.frames]
-            detections = fill_gaps([found[0] if before is None else before, *found], cuts)
-            is_new = np.diff([last_index, *(frame.source_index for frame in batch.frames)]) > 0
-            analysed = is_new & [boxes is not None for boxes in found]
-            yield batch._replace(detections=detections, analysed=analysed, cuts=cuts, is_cached=not new)
+            known = [cached.get(frame.source_index) for frame in batch.frames]
+            detections = fill_gaps([known[0] if before is None else before, *known], cuts)
+            is_first_showing = np.diff([last_index, *(frame.source_index for frame in batch.frames)]) > 0
+            is_analysed = is_first_showing & [detections is not None for detections in known]
+            yield batch._replace(detections=detections, is_analysed=is_analysed, cuts=cuts, is_cached=not missing)
             before, last_index = detections[-1], batch.frames[-1].source_index
 
 
@@ -230,9 +237,10 @@ def draw_batch(batch: Batch, conf_threshold: float, options: Options, tracker: O
     selected = [select_detections(detections, conf_threshold, options.classes) for detections in batch.detections]
     tracked = tracker.update(selected, batch.cuts)
     found = []
-    frames = zip(batch.frames, batch.detections, batch.analysed, tracked, strict=True)
+    frames = zip(batch.frames, batch.detections, batch.is_analysed, tracked, strict=True)
     for frame, detections, is_analysed, drawn in frames:
-        draw(frame.image, drawn, tracker.trails(drawn) if options.tracks else None)
+        trails = tracker.next_trails(drawn) if options.tracks else ()
+        draw(frame.image, drawn, options.tracks, trails)
         if is_analysed:
             found.append(FrameDetections(frame.source_index, frame.pts_seconds, frame.source_size, detections, drawn))
     return found
@@ -247,14 +255,14 @@ def select_detections(detections: Detections, conf_threshold: float, classes: Se
     return detections[is_selected]
 
 
-def draw(image: np.ndarray, detections: Detections, trails: Sequence[np.ndarray] | None) -> None:
-    """Draws detections into an image, uint8 (height, width, 3) BGR; with the objects' numbers if there are trails."""
+def draw(image: np.ndarray, detections: Detections, tracks: bool, trails: Sequence[np.ndarray] = ()) -> None:
+    """Draws detections into an image, uint8 (height, width, 3) BGR; with `tracks`, the objects' numbers and trails."""
     height, width = image.shape[:2]
     boxes = detections.xyxy * (width, height, width, height)
     labels = [DETECTOR.id2label[class_id] for class_id in detections.class_id]
-    numbers = None if trails is None else detections.tracker_id
-    trails = trails and [trail * (width, height) for trail in trails]
-    draw_bounding_boxes(image, boxes, detections.confidence, labels, numbers, trails)
+    numbers = detections.tracker_id if tracks else None
+    pixel_trails = [trail * (width, height) for trail in trails] if tracks else None
+    draw_bounding_boxes(image, boxes, detections.confidence, labels, numbers, pixel_trails)
 
 
 # ---------------------------------------------------------------------------------------------------------- model
@@ -570,7 +578,7 @@ class Analysis:
         """The first frame with its boxes, uint8 (height, width, 3) BGR. It must be cached."""
         frame = next(sample_frames(self.info, self.fps, Fraction(1, RESOLUTIONS[self.options.resolution])))
         detections = self.cached[frame.source_index]
-        draw(frame.image, select_detections(detections, self.conf_threshold, self.options.classes), None)
+        draw(frame.image, select_detections(detections, self.conf_threshold, self.options.classes), tracks=False)
         return frame.image
 
     def save(self) -> dict[str, str]:

@@ -158,9 +158,9 @@ class ObjectTracker:
         tracks["frames_missed"] = 0
         return tracks
 
-    def trails(self, detections: Detections) -> list[np.ndarray]:
+    def next_trails(self, detections: Detections) -> list[np.ndarray]:
         """For each detection on the next frame, its object's centres on the frames before: (K, 2), oldest first,
-        relative to the frame, from the last `TRAIL_SECONDS`."""
+        relative to the frame, from the last `TRAIL_SECONDS`. To be called once per frame, in order."""
         recent = Detections.merge(self._recent)
         self._recent.append(detections[detections.tracker_id > 0])
         centres = (recent.xyxy[:, :2] + recent.xyxy[:, 2:]) / 2

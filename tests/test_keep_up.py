@@ -130,7 +130,7 @@ def test_every_frame_of_a_variable_rate_is_shown_in_its_time(step, tmp_path):
 def drawn(monkeypatch):
     """A list that gets the objects of each drawn frame."""
     objects, draw = [], app.draw
-    monkeypatch.setattr(app, "draw", lambda image, found, trails: objects.append(found) or draw(image, found, trails))
+    monkeypatch.setattr(app, "draw", lambda image, found, *how: objects.append(found) or draw(image, found, *how))
     return objects
 
 
