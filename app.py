@@ -9,6 +9,7 @@ From top to bottom, this file follows the data: settings, the `@spaces.GPU` gene
 | `draw_boxes.py` | boxes, tags and trails on a picture |
 | `results.py` | what a run has found: table, counts, files |
 | `runs.py` | who runs when: the queue, and threads that stay one step ahead |
+| `guards.py` | what Gradio leaves open to strangers, closed |
 | `assets/` | the page's script and style |
 
 From a click to a frame, it is six steps: a handler of the page, `show_run`, `stream_calls` (several on ZeroGPU),
@@ -52,11 +53,10 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from starlette.responses import PlainTextResponse
-from starlette.routing import Route
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 
+import guards
 from draw_boxes import draw_bounding_boxes, label_color
 from results import TABLE_HEADERS, FrameDetections, Results
 from runs import BusyError, Prefetcher, Run, RunQueue
@@ -895,12 +895,10 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 864
 
 if __name__ == "__main__":
     prefer_bundled_ffmpeg()
-    # Gradio's screen recorder hands any upload to ffmpeg, which would follow a playlist in it.
-    blocked = Route("/gradio_api/process_recording", lambda _: PlainTextResponse("Not found", 404), methods=["POST"])
     demo.launch(
         css_paths=ASSETS / "page.css",
         head=f"<script>{(ASSETS / 'page.js').read_text(encoding='utf-8')}</script>",
         max_file_size=MAX_UPLOAD,
-        app_kwargs={"routes": [blocked]},
+        app_kwargs={"routes": guards.ROUTES},
         max_threads=40 + MAX_RUNS,
     )
