@@ -888,6 +888,7 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 864
     changes = [setting.change for setting in settings[1:]]
     playhead = gr.Number(0, visible=False)
     gr.on(changes, redraw, [*settings, playhead], js="resume", api_visibility="private", **run)
+    demo.unload(stop)  # with this, Gradio 6.31 notices the end of a session, and frees what belongs to it
     stop_button.click(stop, queue=False, show_progress="hidden", api_visibility="private")
     results = [gr.Video(visible=False), gr.JSON(visible=False)]
     gr.Button(visible=False).click(detect_video, settings, results, concurrency_limit=None, api_name="detect_video")
@@ -899,6 +900,6 @@ if __name__ == "__main__":
         css_paths=ASSETS / "page.css",
         head=f"<script>{(ASSETS / 'page.js').read_text(encoding='utf-8')}</script>",
         max_file_size=MAX_UPLOAD,
-        app_kwargs={"routes": guards.ROUTES},
+        app_kwargs=guards.guard(demo),
         max_threads=40 + MAX_RUNS,
     )
