@@ -694,6 +694,8 @@ def show_run(run: Run, video: str, settings: Sequence, join_seconds: float = 0) 
             yield {status: f"Waiting in the queue: position {position}."}
             time.sleep(HEARTBEAT_SECONDS)
         yield {status: "Reading the video…"}
+        if any(value is None for value in (video, *settings)):
+            raise gr.Error("The video and all settings must have a value.", title="Missing value")
         conf_threshold, *options = settings
         analysis, failure = Analysis(video, conf_threshold, Options(*options)), None
         with contextlib.closing(analysis.stream(join_seconds)) as updates:
@@ -729,8 +731,15 @@ def stop(request: gr.Request) -> None:
     RUNS.stop(request.session_hash)
 
 
+def allow_another_run(was_running: bool) -> dict:
+    """After a failure. Where Gradio failed, for example at the conversion of a chunk, the run could not say so."""
+    line = "The server could not prepare the stream. Press “Run again” to resume."
+    return {status: line if was_running else gr.skip(), **buttons(running=False)}
+
+
 def buttons(running: bool) -> dict:
-    return {start_button: gr.update(interactive=not running), stop_button: gr.update(interactive=running)}
+    can_start, can_stop = gr.update(interactive=not running), gr.update(interactive=running)
+    return {start_button: can_start, stop_button: can_stop, is_running: running}
 
 
 def describe(analysis: Analysis, ended: str = "") -> str:
@@ -879,15 +888,21 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 864
                 )  # fmt: skip
 
     settings = [source, threshold, classes, resolution, analysed, tracks]
-    shown = [player, status, table, plot, files, progress, start_button, stop_button]
+    is_running = gr.State(False)
+    shown = [player, status, table, plot, files, progress, start_button, stop_button, is_running]
     # A new run replaces the one before, and runs have a queue of their own.
     run = {"outputs": shown, "trigger_mode": "multiple", "concurrency_limit": None, "show_progress": "hidden"}
     new_source = [source.change, start_button.click]
     api = {"api_name": "stream_object_detection", "api_visibility": "undocumented"}  # a stream is of no use to programs
-    gr.on(new_source, start, settings, js="startOver", **api, **run)
+    started = gr.on(new_source, start, settings, js="startOver", **api, **run)
     changes = [setting.change for setting in settings[1:]]
     playhead = gr.Number(0, visible=False)
-    gr.on(changes, redraw, [*settings, playhead], js="resume", api_visibility="private", **run)
+    redrawn = gr.on(changes, redraw, [*settings, playhead], js="resume", api_visibility="private", **run)
+    for event in (started, redrawn):
+        event.failure(
+            allow_another_run, is_running, [status, start_button, stop_button, is_running],
+            queue=False, show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
     demo.unload(stop)  # with this, Gradio 6.31 notices the end of a session, and frees what belongs to it
     stop_button.click(stop, queue=False, show_progress="hidden", api_visibility="private")
     results = [gr.Video(visible=False), gr.JSON(visible=False)]

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -620,3 +621,32 @@ def test_while_a_slow_model_makes_the_first_chunk_the_first_frame_is_shown_as_a_
     expect(slow_page.locator("#status")).to_contain_text(
         re.compile(r"Done: 5.0 s of video .* analysing every \dth frame")
     )
+
+
+# --------------------------------------------------------------------------------------------- failures of Gradio
+
+
+@pytest.fixture
+def ffmpeg_that_fails(tmp_path):
+    """An ffmpeg for the server, and a file: as long as that exists, it fails."""
+    ffmpeg, failing = tmp_path / "ffmpeg-of-the-server", tmp_path / "failing"
+    ffmpeg.write_text(f'#!/bin/sh\ntest -e {failing} && exit 1\nexec {shutil.which("ffmpeg")} "$@"\n')
+    ffmpeg.chmod(0o755)
+    return ffmpeg, failing
+
+
+def test_after_a_failed_conversion_there_is_a_sentence_and_the_video_can_be_run_again(
+    browser, ffmpeg_that_fails, tmp_path
+):
+    ffmpeg, failing = ffmpeg_that_fails
+    video = Kind("again", frames=60).make(tmp_path)
+    with running_app(tmp_path, IMAGEIO_FFMPEG_EXE=str(ffmpeg)) as (url, _), open_page(browser, url) as page:
+        start, stop = page.get_by_role("button", name="Run again"), page.get_by_role("button", name="Stop")
+        failing.touch()
+        upload(page, video)
+        expect(page.locator("#status")).to_have_text(re.compile("could not prepare the stream. Press “Run again”"))
+        expect(start).to_be_enabled()
+        expect(stop).to_be_disabled()
+        failing.unlink()
+        start.click()
+        wait_until_done(page)
