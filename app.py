@@ -82,6 +82,8 @@ GPU_SECONDS = 60  # of a ZeroGPU per call, at most: a request that exceeds the v
 GPU_RESERVE_SECONDS = 4  # of GPU_SECONDS, to finish the last chunk
 CONCURRENT_RUNS = 32 if ON_ZEROGPU else 4  # others wait in a queue
 MAX_RUNS = 100  # including those that wait
+KEPT_SECONDS = 3600  # uploads and results, after their last use
+MIN_FREE_DISK = 0.05  # of the disk; below, a new run is refused
 
 # ------------------------------------------------------------------------------------------------------ generator
 
@@ -475,7 +477,10 @@ RUNS = RunQueue(CONCURRENT_RUNS, MAX_RUNS)
 
 
 def new_run(session: object) -> Run:
-    """As `RunQueue.new_run`, with a sentence for the visitor if the queue is full."""
+    """As `RunQueue.new_run`, with a sentence for the visitor if the queue or the disk is full."""
+    disk = shutil.disk_usage(tempfile.gettempdir())
+    if disk.free < MIN_FREE_DISK * disk.total:
+        raise gr.Error("The disk of the server is almost full. Try again in an hour.", title="Busy")
     try:
         return RUNS.new_run(session)
     except BusyError:
@@ -541,6 +546,8 @@ class Analysis:
         if self.waits_for_gpu:
             return False
         self.chunks.append(update.chunk)
+        with contextlib.suppress(OSError):  # a sign of use: Gradio deletes files by the time of their status (ctime)
+            os.chmod(self.info.path, os.stat(self.info.path).st_mode)
         self.results.add(update.frames)
         self.output_frames, self.is_end = update.output_frames, update.is_end
         return True
@@ -834,7 +841,7 @@ STREET_VIDEO = "https://github.com/intel-iot-devkit/sample-videos/raw/master/per
 ASSETS = Path(__file__).parent / "assets"
 
 
-with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 86400)) as demo:
+with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECONDS // 6, KEPT_SECONDS)) as demo:
     intro = "Upload a video and watch RT-DETR find the objects in it."
     gr.Markdown(f"# Streaming video object detection\n{intro} <small>Model: {DETECTOR.name}</small>")
     if MODEL_NOTE:
@@ -915,6 +922,7 @@ if __name__ == "__main__":
         css_paths=ASSETS / "page.css",
         head=f"<script>{(ASSETS / 'page.js').read_text(encoding='utf-8')}</script>",
         max_file_size=MAX_UPLOAD,
+        state_session_capacity=2 * MAX_RUNS,
         app_kwargs=guards.guard(demo),
         max_threads=40 + MAX_RUNS,
     )

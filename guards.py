@@ -11,6 +11,7 @@ from pathlib import Path
 import gradio as gr
 from gradio import blocks, processing_utils, queueing
 from gradio.route_utils import MediaStream
+from gradio.state_holder import SessionState
 from gradio.utils import get_upload_folder
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
@@ -23,6 +24,7 @@ BLOCKED = [
     "/gradio_api/process_recording",  # hands any upload to ffmpeg, which would follow a playlist in it
     "/gradio_api/file=http{link:path}",  # fetches any page for anybody
     "/gradio_api/file/http{link:path}",
+    "/gradio_api/stream/{session}/{run}/{component}/playlist-file",  # joins a whole stream into a file that stays
 ]
 ROUTES = [Route(path, lambda _: PlainTextResponse("Not found", 404), methods=["GET", "POST"]) for path in BLOCKED]
 
@@ -139,6 +141,13 @@ class HeartbeatCounter:
         finally:
             self._heartbeats.subtract([session])
             self._heartbeats += Counter()  # without those at 0
+
+
+# ------------------------------------------------------------------------------------------------------- old answers
+
+# Gradio keeps the last output of each component in each of 10,000 sessions, such as a program's JSON, only for links
+# to a page with its values, which nothing here makes. `state_session_capacity` limits the sessions.
+SessionState._update_value_in_config = lambda *_: None
 
 
 def guard(demo: gr.Blocks) -> dict[str, object]:

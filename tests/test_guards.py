@@ -144,3 +144,13 @@ def test_a_stream_stays_as_long_as_its_session_has_a_heartbeat(app, chunk):
         time.sleep(0.2)
     assert not app.is_there(of_page[0])
     assert len(files_of_streams()) == len(app.watch(chunk, "last"))
+
+
+def test_nobody_can_have_a_stream_joined_into_a_file(app, chunk):
+    playlist = app.watch(chunk, "joined")[0].rsplit("/", 1)[0]
+    assert not app.is_there(f"{playlist}/playlist-file")
+
+
+def test_a_session_does_not_keep_its_last_values(app, chunk):
+    app.watch(chunk, "forgetful")
+    assert chunk.name not in repr(app.demo.state_holder.session_data["forgetful"].config_values)
