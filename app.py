@@ -9,6 +9,7 @@ From top to bottom, this file follows the data: settings, the `@spaces.GPU` gene
 | `draw_boxes.py` | boxes, tags and trails on a picture |
 | `results.py` | what a run has found: table, counts, files |
 | `runs.py` | who runs when: the queue, and threads that stay one step ahead |
+| `guards.py` | what Gradio leaves open to strangers, closed |
 | `assets/` | the page's script and style |
 
 From a click to a frame, it is six steps: a handler of the page, `show_run`, `stream_calls` (several on ZeroGPU),
@@ -52,11 +53,10 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from starlette.responses import PlainTextResponse
-from starlette.routing import Route
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 
+import guards
 from draw_boxes import draw_bounding_boxes, label_color
 from results import TABLE_HEADERS, FrameDetections, Results
 from runs import BusyError, Prefetcher, Run, RunQueue
@@ -82,6 +82,8 @@ GPU_SECONDS = 60  # of a ZeroGPU per call, at most: a request that exceeds the v
 GPU_RESERVE_SECONDS = 4  # of GPU_SECONDS, to finish the last chunk
 CONCURRENT_RUNS = 32 if ON_ZEROGPU else 4  # others wait in a queue
 MAX_RUNS = 100  # including those that wait
+KEPT_SECONDS = 3600  # uploads and results, after their last use
+MIN_FREE_DISK = 0.05  # of the disk; below, a new run is refused
 
 # ------------------------------------------------------------------------------------------------------ generator
 
@@ -483,7 +485,10 @@ RUNS = RunQueue(CONCURRENT_RUNS, MAX_RUNS)
 
 
 def new_run(session: object) -> Run:
-    """As `RunQueue.new_run`, with a sentence for the visitor if the queue is full."""
+    """As `RunQueue.new_run`, with a sentence for the visitor if the queue or the disk is full."""
+    disk = shutil.disk_usage(tempfile.gettempdir())
+    if disk.free < MIN_FREE_DISK * disk.total:
+        raise gr.Error("The disk of the server is almost full. Try again in an hour.", title="Busy")
     try:
         return RUNS.new_run(session)
     except BusyError:
@@ -549,6 +554,8 @@ class Analysis:
         if self.waits_for_gpu:
             return False
         self.chunks.append(update.chunk)
+        with contextlib.suppress(OSError):  # a sign of use: Gradio deletes files by the time of their status (ctime)
+            os.chmod(self.info.path, os.stat(self.info.path).st_mode)
         self.results.add(update.frames)
         self.output_frames, self.is_end = update.output_frames, update.is_end
         return True
@@ -702,6 +709,8 @@ def show_run(run: Run, video: str, settings: Sequence, join_seconds: float = 0) 
             yield {status: f"Waiting in the queue: position {position}."}
             time.sleep(HEARTBEAT_SECONDS)
         yield {status: "Reading the video…"}
+        if any(value is None for value in (video, *settings)):
+            raise gr.Error("The video and all settings must have a value.", title="Missing value")
         conf_threshold, *options = settings
         analysis, failure = Analysis(video, conf_threshold, Options(*options)), None
         with contextlib.closing(analysis.stream(join_seconds)) as updates:
@@ -737,8 +746,15 @@ def stop(request: gr.Request) -> None:
     RUNS.stop(request.session_hash)
 
 
+def allow_another_run(was_running: bool) -> dict:
+    """After a failure. Where Gradio failed, for example at the conversion of a chunk, the run could not say so."""
+    line = "The server could not prepare the stream. Press “Run again” to resume."
+    return {status: line if was_running else gr.skip(), **buttons(running=False)}
+
+
 def buttons(running: bool) -> dict:
-    return {start_button: gr.update(interactive=not running), stop_button: gr.update(interactive=running)}
+    can_start, can_stop = gr.update(interactive=not running), gr.update(interactive=running)
+    return {start_button: can_start, stop_button: can_stop, is_running: running}
 
 
 def describe(analysis: Analysis, ended: str = "") -> str:
@@ -833,7 +849,7 @@ STREET_VIDEO = "https://github.com/intel-iot-devkit/sample-videos/raw/master/per
 ASSETS = Path(__file__).parent / "assets"
 
 
-with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 86400)) as demo:
+with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECONDS // 6, KEPT_SECONDS)) as demo:
     intro = "Upload a video and watch RT-DETR find the objects in it."
     gr.Markdown(f"# Streaming video object detection\n{intro} <small>Model: {DETECTOR.name}</small>")
     if MODEL_NOTE:
@@ -887,15 +903,22 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 864
                 )  # fmt: skip
 
     settings = [source, threshold, classes, resolution, analysed, tracks]
-    shown = [player, status, table, plot, files, progress, start_button, stop_button]
+    is_running = gr.State(False)
+    shown = [player, status, table, plot, files, progress, start_button, stop_button, is_running]
     # A new run replaces the one before, and runs have a queue of their own.
     run = {"outputs": shown, "trigger_mode": "multiple", "concurrency_limit": None, "show_progress": "hidden"}
     new_source = [source.change, start_button.click]
     api = {"api_name": "stream_object_detection", "api_visibility": "undocumented"}  # a stream is of no use to programs
-    gr.on(new_source, start, settings, js="startOver", **api, **run)
+    started = gr.on(new_source, start, settings, js="startOver", **api, **run)
     changes = [setting.change for setting in settings[1:]]
     playhead = gr.Number(0, visible=False)
-    gr.on(changes, redraw, [*settings, playhead], js="resume", api_visibility="private", **run)
+    redrawn = gr.on(changes, redraw, [*settings, playhead], js="resume", api_visibility="private", **run)
+    for event in (started, redrawn):
+        event.failure(
+            allow_another_run, is_running, [status, start_button, stop_button, is_running],
+            queue=False, show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
+    demo.unload(stop)  # with this, Gradio 6.31 notices the end of a session, and frees what belongs to it
     stop_button.click(stop, queue=False, show_progress="hidden", api_visibility="private")
     results = [gr.Video(visible=False), gr.JSON(visible=False)]
     gr.Button(visible=False).click(detect_video, settings, results, concurrency_limit=None, api_name="detect_video")
@@ -903,12 +926,11 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 864
 
 if __name__ == "__main__":
     prefer_bundled_ffmpeg()
-    # Gradio's screen recorder hands any upload to ffmpeg, which would follow a playlist in it.
-    blocked = Route("/gradio_api/process_recording", lambda _: PlainTextResponse("Not found", 404), methods=["POST"])
     demo.launch(
         css_paths=ASSETS / "page.css",
         head=f"<script>{(ASSETS / 'page.js').read_text(encoding='utf-8')}</script>",
         max_file_size=MAX_UPLOAD,
-        app_kwargs={"routes": [blocked]},
+        state_session_capacity=2 * MAX_RUNS,
+        app_kwargs=guards.guard(demo),
         max_threads=40 + MAX_RUNS,
     )

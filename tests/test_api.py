@@ -81,6 +81,13 @@ def test_a_program_can_ask_for_every_frame_at_full_size_and_for_some_classes(cli
     assert {detection["label"] for detection in found["detections"]} == {"star"}
 
 
+@pytest.mark.parametrize("missing", ["video", "resolution"])
+def test_a_program_that_sends_nothing_for_a_required_value_gets_a_sentence(client, missing):
+    given = {"video": handle_file(EXAMPLE), "resolution": "Full", missing: None}
+    with pytest.raises(AppError, match=r"^The video and all settings must have a value\.$"):
+        client.predict(**given, api_name="/detect_video")
+
+
 def test_every_endpoint_has_a_name_and_says_what_it_does(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
     assert set(endpoints) == {"/detect_video"}, "programs cannot use the page's stream"

@@ -130,3 +130,18 @@ def test_a_disk_that_fills_up_after_the_stream_costs_only_the_files(video, monke
     pictures, lines, error = watch(video)
     assert len(pictures) == 41
     assert lines[-1] == error.message == "The server could not store the result. Its disk may be full."
+
+
+def test_on_an_almost_full_disk_a_new_run_is_refused_with_a_sentence(video, monkeypatch):
+    monkeypatch.setattr(app.shutil, "disk_usage", lambda _: SimpleNamespace(total=1000, used=951, free=49))
+    _, _, error = watch(video)
+    assert error.message == "The disk of the server is almost full. Try again in an hour."
+
+
+def test_files_go_an_hour_after_their_last_use(video):
+    assert app.demo.delete_cache == (600, 3600)
+    before = os.stat(video)
+    watch(video)
+    after = os.stat(video)
+    assert after.st_ctime_ns > before.st_ctime_ns, "Gradio deletes files by their ctime"
+    assert after.st_mtime_ns == before.st_mtime_ns, "it is the same video"
