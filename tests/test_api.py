@@ -81,6 +81,26 @@ def test_a_program_can_ask_for_every_frame_at_full_size_and_for_some_classes(cli
     assert {detection["label"] for detection in found["detections"]} == {"star"}
 
 
+def test_the_name_of_one_class_is_enough(client):
+    _, found = ask_for_whole_video(client, EXAMPLE, 0.3, "star")
+    assert found["classes"] == ["star"]
+    assert {detection["label"] for detection in found["detections"]} == {"star"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "expected"),
+    [("video", str(EXAMPLE), "uploaded"), ("video", None, "uploaded"), ("video", ["x"], "uploaded"),
+     ("conf_threshold", "0.5", "number from 0 to 1"), ("conf_threshold", None, "number from 0 to 1"),
+     ("conf_threshold", 1.1, "number from 0 to 1"), ("conf_threshold", True, "number from 0 to 1"),
+     ("classes", "dog", "triangle, star"), ("classes", ["star", "dog"], "triangle, star"), ("classes", 5, "list"),
+     ("resolution", None, "Full"), ("analysed", "all", "Every frame"), ("tracks", None, "true or false")],
+)  # fmt: skip
+def test_a_wrong_argument_gets_a_sentence_that_says_what_is_expected(client, argument, value, expected):
+    given = {"video": handle_file(EXAMPLE), argument: value}
+    with pytest.raises(AppError, match=f"^{argument} cannot be .*{expected}"):
+        client.predict(**given, api_name="/detect_video")
+
+
 def test_every_endpoint_has_a_name_and_says_what_it_does(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
     assert set(endpoints) == {"/detect_video"}, "programs cannot use the page's stream"
