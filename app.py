@@ -35,7 +35,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from inspect import unwrap
 from pathlib import Path
 from typing import NamedTuple
@@ -797,7 +797,7 @@ def show_results(analysis: Analysis) -> Iterator[dict]:
 
 def detect_video(
     video: dict, conf_threshold: float, classes: list[str], resolution: str, analysed: str, tracks: bool
-) -> Iterator[tuple[str, dict] | tuple[None, None]]:
+) -> Iterator[tuple[str | None, dict]]:
     """Detect objects on a whole video, for programs.
 
     Args:
@@ -818,8 +818,8 @@ def detect_video(
             if files in values:
                 annotated, _csv, detections = values[files]
                 yield annotated, json.loads(Path(detections).read_text(encoding="utf-8"))
-            else:
-                yield None, None  # so that Gradio notices a client that has left
+            elif status in values:  # often, so that Gradio notices a client that has left
+                yield None, {"status": values[status]}
 
 
 ARGUMENTS = gr.utils.get_function_description(detect_video)[1]  # what the docstring says, by name
@@ -937,7 +937,10 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 864
     uploaded = gr.Video(label="Video", visible=False)
     uploaded.data_model = VideoArgument
     arguments = dict(zip(ARGUMENTS, [uploaded, *settings[1:]], strict=True))
-    results = [gr.Video(visible=False), gr.JSON(visible=False)]
+    for name, component in arguments.items():  # what the page about the API says of it
+        api_info = component.api_info() | {"additional_description": ARGUMENTS[name]}
+        component.api_info = partial(dict, api_info)
+    results = [gr.Video(label="Annotated video", visible=False), gr.JSON(label="Result", visible=False)]
     gr.Button(visible=False).click(
         detect_video, [*arguments.values()], results, api_name="detect_video", preprocess=False, concurrency_limit=None
     )

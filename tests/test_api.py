@@ -11,6 +11,8 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from videos import Kind, ask_for_whole_video, beep_onsets
 
+import app
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "bouncing-shapes.mp4"
 
 
@@ -101,10 +103,24 @@ def test_a_wrong_argument_gets_a_sentence_that_says_what_is_expected(client, arg
         client.predict(**given, api_name="/detect_video")
 
 
-def test_every_endpoint_has_a_name_and_says_what_it_does(client):
+def test_a_waiting_program_is_told_how_far_the_run_is(client, tmp_path):
+    job = client.submit(handle_file(Kind("told", frames=150).make(tmp_path)), api_name="/detect_video")
+    job.result(timeout=60)
+    *before, (_, result) = job.outputs()
+    lines = [values["status"] for annotated, values in before if annotated is None]
+    assert len(lines) == len(before) > 0
+    assert re.match(r"[\d.]+ of 5.0 s|Done: 5.0 s", lines[-1])
+    assert "status" not in result
+
+
+def test_the_api_has_one_endpoint_with_names_defaults_and_descriptions(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
     assert set(endpoints) == {"/detect_video"}, "programs cannot use the page's stream"
     parameters = endpoints["/detect_video"]["parameters"]
     names = [parameter["parameter_name"] for parameter in parameters]
     assert names == ["video", "conf_threshold", "classes", "resolution", "analysed", "tracks"]
     assert all(parameter["parameter_has_default"] for parameter in parameters[1:])
+    described = [parameter["python_type"]["description"] for parameter in parameters]
+    assert described == [app.ARGUMENTS[name] for name in names]
+    assert all(text.endswith(".") for text in described)
+    assert [value["label"] for value in endpoints["/detect_video"]["returns"]] == ["Annotated video", "Result"]
