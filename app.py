@@ -36,7 +36,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from inspect import unwrap
 from pathlib import Path
 from typing import NamedTuple
@@ -820,28 +820,72 @@ def show_results(analysis: Analysis) -> Iterator[dict]:
 
 
 def detect_video(
-    video: str, conf_threshold: float, classes: list[str], resolution: str, analysed: str, tracks: bool
-) -> Iterator[tuple[str, dict] | tuple[None, None]]:
+    video: dict, conf_threshold: float, classes: list[str], resolution: str, analysed: str, tracks: bool
+) -> Iterator[tuple[str | None, dict]]:
     """Detect objects on a whole video, for programs.
 
     Args:
-        video: A video file.
-        conf_threshold: Detections with a score above this, 0 to 1, are drawn and returned.
-        classes: Names of the classes to find; empty for all.
+        video: A video file, uploaded. In Python and JavaScript, `handle_file(path)` does that.
+        conf_threshold: A number from 0 to 1. Detections with a score above it are drawn and returned.
+        classes: A list with the names of the classes to find, or one name. Empty for all.
         resolution: "Half (fast)" (half the size, every second frame) or "Full".
-        analysed: "As many as keep up" with real time, or "Every frame".
-        tracks: Draw the objects' numbers and trails.
+        analysed: "As many as keep up" (with real time) or "Every frame".
+        tracks: Whether to draw the objects' numbers and trails, true or false.
 
     Returns:
         The annotated video as one mp4 file with sound, and the detections, as README.md describes them.
     """
+    given = zip(ARGUMENTS, (video, conf_threshold, classes, resolution, analysed, tracks), strict=True)
+    path, *settings = [check_argument(*argument) for argument in given]
     with new_run(object()) as run:
-        for values in show_run(run, video, (conf_threshold, classes or (), resolution, analysed, tracks)):
+        for values in show_run(run, path, settings):
             if files in values:
                 annotated, _csv, detections = values[files]
                 yield annotated, json.loads(Path(detections).read_text(encoding="utf-8"))
-            else:
-                yield None, None  # so that Gradio notices a client that has left
+            elif status in values:  # often, so that Gradio notices a client that has left
+                yield None, {"status": values[status]}
+
+
+ARGUMENTS = gr.utils.get_function_description(detect_video)[1]  # what the docstring says, by name
+
+
+class VideoArgument(gr.FileData):
+    """An uploaded file. For anything else, a program gets a sentence."""
+
+    @classmethod
+    def model_validate(cls, value: object, **options: object) -> VideoArgument:
+        try:
+            return super().model_validate(value, **options)
+        except ValueError:
+            raise argument_error("video", value) from None
+
+
+def check_argument(name: str, value: object) -> object:
+    """The value of an argument of `detect_video`, or an error with a sentence for the program.
+
+    In Gradio 6.31, the components' own checks pass some wrong values, and fail on others without a sentence.
+    """
+    component = arguments[name]
+    choices = [choice for _, choice in getattr(component, "choices", ())]
+    if isinstance(component, gr.Video):
+        is_valid, value = value is not None, value and value["path"]
+    elif isinstance(component, gr.Dropdown):
+        value = [value] if isinstance(value, str) else value or []
+        is_valid = isinstance(value, list) and all(name in choices for name in value)
+    elif isinstance(component, gr.Slider):
+        is_valid = type(value) in (int, float) and component.minimum <= value <= component.maximum
+    else:
+        is_valid = value in choices if choices else isinstance(value, bool)
+    if not is_valid:
+        raise argument_error(name, value, choices)
+    return value
+
+
+def argument_error(name: str, value: object, choices: Sequence[str] = ()) -> gr.Error:
+    message = f"{name} cannot be {json.dumps(value, ensure_ascii=False)[:100]}. Expected: {ARGUMENTS[name]}"
+    if choices:
+        message += f" Known: {', '.join(choices)}."
+    return gr.Error(message, title="Wrong argument", print_exception=False)
 
 
 WEBCAM = gr.WebcamOptions(constraints={"video": {"width": {"ideal": 1280}, "height": {"ideal": 720}}})
@@ -920,8 +964,17 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
         )  # fmt: skip
     demo.unload(stop)  # with this, Gradio 6.31 notices the end of a session, and frees what belongs to it
     stop_button.click(stop, queue=False, show_progress="hidden", api_visibility="private")
-    results = [gr.Video(visible=False), gr.JSON(visible=False)]
-    gr.Button(visible=False).click(detect_video, settings, results, concurrency_limit=None, api_name="detect_video")
+    # Programs have the page's settings, with the same defaults. `detect_video` checks them, so `preprocess=False`.
+    uploaded = gr.Video(label="Video", visible=False)
+    uploaded.data_model = VideoArgument
+    arguments = dict(zip(ARGUMENTS, [uploaded, *settings[1:]], strict=True))
+    for name, component in arguments.items():  # what the page about the API says of it
+        api_info = component.api_info() | {"additional_description": ARGUMENTS[name]}
+        component.api_info = partial(dict, api_info)
+    results = [gr.Video(label="Annotated video", visible=False), gr.JSON(label="Result", visible=False)]
+    gr.Button(visible=False).click(
+        detect_video, [*arguments.values()], results, api_name="detect_video", preprocess=False, concurrency_limit=None
+    )
 
 
 if __name__ == "__main__":

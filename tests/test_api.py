@@ -11,6 +11,8 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from videos import Kind, ask_for_whole_video, beep_onsets
 
+import app
+
 EXAMPLE = Path(__file__).parents[1] / "examples" / "bouncing-shapes.mp4"
 
 
@@ -81,17 +83,44 @@ def test_a_program_can_ask_for_every_frame_at_full_size_and_for_some_classes(cli
     assert {detection["label"] for detection in found["detections"]} == {"star"}
 
 
-@pytest.mark.parametrize("missing", ["video", "resolution"])
-def test_a_program_that_sends_nothing_for_a_required_value_gets_a_sentence(client, missing):
-    given = {"video": handle_file(EXAMPLE), "resolution": "Full", missing: None}
-    with pytest.raises(AppError, match=r"^The video and all settings must have a value\.$"):
+def test_the_name_of_one_class_is_enough(client):
+    _, found = ask_for_whole_video(client, EXAMPLE, 0.3, "star")
+    assert found["classes"] == ["star"]
+    assert {detection["label"] for detection in found["detections"]} == {"star"}
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "expected"),
+    [("video", str(EXAMPLE), "uploaded"), ("video", None, "uploaded"), ("video", ["x"], "uploaded"),
+     ("conf_threshold", "0.5", "number from 0 to 1"), ("conf_threshold", None, "number from 0 to 1"),
+     ("conf_threshold", 1.1, "number from 0 to 1"), ("conf_threshold", True, "number from 0 to 1"),
+     ("classes", "dog", "triangle, star"), ("classes", ["star", "dog"], "triangle, star"), ("classes", 5, "list"),
+     ("resolution", None, "Full"), ("analysed", "all", "Every frame"), ("tracks", None, "true or false")],
+)  # fmt: skip
+def test_a_wrong_argument_gets_a_sentence_that_says_what_is_expected(client, argument, value, expected):
+    given = {"video": handle_file(EXAMPLE), argument: value}
+    with pytest.raises(AppError, match=f"^{argument} cannot be .*{expected}"):
         client.predict(**given, api_name="/detect_video")
 
 
-def test_every_endpoint_has_a_name_and_says_what_it_does(client):
+def test_a_waiting_program_is_told_how_far_the_run_is(client, tmp_path):
+    job = client.submit(handle_file(Kind("told", frames=150).make(tmp_path)), api_name="/detect_video")
+    job.result(timeout=60)
+    *before, (_, result) = job.outputs()
+    lines = [values["status"] for annotated, values in before if annotated is None]
+    assert len(lines) == len(before) > 0
+    assert re.match(r"[\d.]+ of 5.0 s|Done: 5.0 s", lines[-1])
+    assert "status" not in result
+
+
+def test_the_api_has_one_endpoint_with_names_defaults_and_descriptions(client):
     endpoints = client.view_api(return_format="dict")["named_endpoints"]
     assert set(endpoints) == {"/detect_video"}, "programs cannot use the page's stream"
     parameters = endpoints["/detect_video"]["parameters"]
     names = [parameter["parameter_name"] for parameter in parameters]
     assert names == ["video", "conf_threshold", "classes", "resolution", "analysed", "tracks"]
     assert all(parameter["parameter_has_default"] for parameter in parameters[1:])
+    described = [parameter["python_type"]["description"] for parameter in parameters]
+    assert described == [app.ARGUMENTS[name] for name in names]
+    assert all(text.endswith(".") for text in described)
+    assert [value["label"] for value in endpoints["/detect_video"]["returns"]] == ["Annotated video", "Result"]
