@@ -1,4 +1,4 @@
-"""`guards.py` in a small app: what a stranger cannot do to Gradio."""
+"""What a stranger cannot do to Gradio, tried with a small app."""
 
 import itertools
 import json
@@ -15,7 +15,7 @@ import pytest
 from gradio.utils import get_upload_folder
 from videos import Kind
 
-import guards
+import app as guarded
 
 
 class Server:
@@ -28,7 +28,7 @@ class Server:
             path.submit(self.stream, path, player, concurrency_limit=None, api_name="stream")
             length, result = gr.Number(), gr.Textbox()
             length.submit(self.count, length, result, concurrency_limit=None, api_name="count")
-        app_kwargs = guards.guard(self.demo)
+        app_kwargs = guarded.guard(self.demo)
         _, self.url, _ = self.demo.launch(prevent_thread_lock=True, quiet=True, app_kwargs=app_kwargs)
         self.url = f"{self.url}gradio_api"
 
@@ -78,13 +78,13 @@ def app():
 
 
 def test_a_run_ends_if_nobody_opens_its_answers(app, monkeypatch):
-    monkeypatch.setattr(guards, "UNREAD_SECONDS", 0.5)
+    monkeypatch.setattr(guarded, "UNREAD_SECONDS", 0.5)
     app.post("call/count", 1)
     assert app.ended.wait(5)
 
 
 def test_a_run_ends_if_its_client_stops_reading_but_stays(app, monkeypatch):
-    monkeypatch.setattr(guards, "UNREAD_SECONDS", 0.5)
+    monkeypatch.setattr(guarded, "UNREAD_SECONDS", 0.5)
     event = app.post("call/count", 1_000_000)["event_id"]  # enough to fill the connection's buffers
     with app.get(f"call/count/{event}") as answers:
         answers.readline()
@@ -92,7 +92,7 @@ def test_a_run_ends_if_its_client_stops_reading_but_stays(app, monkeypatch):
 
 
 def test_a_run_goes_on_as_long_as_somebody_reads(app, monkeypatch):
-    monkeypatch.setattr(guards, "UNREAD_SECONDS", 0.5)
+    monkeypatch.setattr(guarded, "UNREAD_SECONDS", 0.5)
     event = app.post("call/count", 1)["event_id"]
     until = time.monotonic() + 2
     with app.get(f"call/count/{event}") as answers:
