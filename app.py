@@ -37,7 +37,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from inspect import unwrap
 from pathlib import Path
 from typing import NamedTuple
@@ -589,12 +589,13 @@ class Analysis:
         end, needed = steps * self.step * RESOLUTIONS[self.options.resolution], steps + (self.step > 1)
         return min(sum(index < end for index in list(self.cached)), needed), needed
 
-    def first_frame(self) -> np.ndarray:
-        """The first frame with its boxes, uint8 (height, width, 3) BGR. It must be cached."""
+    @cached_property
+    def first_frame_jpeg(self) -> bytes:
+        """The first frame with its boxes. Its detections must be cached."""
         frame = next(sample_frames(self.info, self.fps, Fraction(1, RESOLUTIONS[self.options.resolution])))
         detections = self.cached[frame.source_index]
         draw(frame.image, select_detections(detections, self.conf_threshold, self.options.classes), tracks=False)
-        return frame.image
+        return cv2.imencode(".jpg", frame.image)[1].tobytes()
 
     def save(self) -> dict[str, str]:
         """Writes the files to download, which README.md describes. Returns their paths by kind."""
@@ -621,7 +622,14 @@ def stream_calls(analysis: Analysis, join_seconds: float) -> Generator[StreamUpd
     update, seconds_per_frame = None, GPU_SECONDS_PER_FRAME
     for with_gpu in itertools.cycle((False, True) if ON_ZEROGPU else (True,)):
         start = update.output_frames if update else 0
-        plan = Plan(analysis.step, update, analysis.cached, analysis.folder, join_seconds, math.inf if with_gpu else 0)
+        plan = Plan(
+            step=analysis.step,
+            after=update,
+            cached=analysis.cached,
+            folder=analysis.folder,
+            join_seconds=join_seconds,
+            budget_seconds=math.inf if with_gpu else 0,
+        )
         if with_gpu and ON_ZEROGPU:
             frames = round(analysis.info.duration_seconds * analysis.fps) - start
             plan = replace(plan, budget_seconds=gpu_budget_seconds(frames, seconds_per_frame))
@@ -632,6 +640,7 @@ def stream_calls(analysis: Analysis, join_seconds: float) -> Generator[StreamUpd
         updates = stream(analysis.info.path, analysis.conf_threshold, analysis.options, plan=plan)
         with contextlib.closing(updates):
             for update in updates:
+                # On ZeroGPU, the worker could only add to its copy.
                 analysis.cached.update((frame.source_index, frame.detections) for frame in update.frames)
                 yield update
         if update and update.is_end:
@@ -929,15 +938,10 @@ def progress_bar(analysis: Analysis) -> str:
     picture = ""
     is_slow = analysis.elapsed_seconds > PICTURE_AFTER_SECONDS
     if 0 in analysis.cached and is_slow and len(analysis.chunks) < 2:
-        jpeg = base64.b64encode(first_frame_jpeg(analysis)).decode()
+        jpeg = base64.b64encode(analysis.first_frame_jpeg).decode()
         picture = f'<img alt="First frame" style="height: {PLAYER_HEIGHT}" src="data:image/jpeg;base64,{jpeg}">'
     bar = f'<progress value="{analysis.seconds:.1f}" max="{analysis.info.duration_seconds:.1f}"></progress>'
     return f'{picture}{bar}<span class="hint">{"" if analysis.is_end else "Waiting for more…"}</span>'
-
-
-@lru_cache(maxsize=CONCURRENT_RUNS)
-def first_frame_jpeg(analysis: Analysis) -> bytes:
-    return cv2.imencode(".jpg", analysis.first_frame())[1].tobytes()
 
 
 def show_results(analysis: Analysis) -> Iterator[dict]:
@@ -980,8 +984,8 @@ def detect_video(
     with new_run(object()) as run:
         for values in show_run(run, path, settings):
             if files in values:
-                annotated, _csv, detections = values[files]
-                yield annotated, json.loads(Path(detections).read_text(encoding="utf-8"))
+                paths = {Path(path).suffix: path for path in values[files]}
+                yield paths[".mp4"], json.loads(Path(paths[".json"]).read_text(encoding="utf-8"))
             elif status in values:  # often, so that Gradio notices a client that has left
                 yield None, {"status": values[status]}
 

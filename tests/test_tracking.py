@@ -67,14 +67,14 @@ def test_an_object_keeps_its_number(tracked):
     assert usual / total >= 0.92
 
 
-def test_as_many_objects_are_believed_as_there_are(tracked):
-    from app import BELIEVED_SECONDS
+def test_as_many_objects_count_as_there_are(tracked):
+    from results import COUNTED_SECONDS
 
-    believed, true = (
-        sum(n / scenes.FPS >= BELIEVED_SECONDS for video in tracked for n in sightings(video[part]).values())
+    counted, true = (
+        sum(n / scenes.FPS >= COUNTED_SECONDS for video in tracked for n in sightings(video[part]).values())
         for part in (0, 1)
     )
-    assert abs(believed / true - 1) <= 0.15
+    assert abs(counted / true - 1) <= 0.15
 
 
 @pytest.mark.parametrize(
