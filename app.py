@@ -794,9 +794,8 @@ def first_frame_jpeg(analysis: Analysis) -> bytes:
 
 def show_results(analysis: Analysis) -> Iterator[dict]:
     """The table and the plot."""
-    counted = analysis.results.counted_detections()
-    rows = analysis.results.objects_per_class(counted)
-    counts = analysis.results.counts_over_time(counted, analysis.seconds - 1 / float(analysis.fps))
+    rows = analysis.results.objects_per_class()
+    counts = analysis.results.counts_over_time(analysis.seconds - 1 / float(analysis.fps))
     yield {
         table: rows,
         plot: gr.update(
