@@ -26,6 +26,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -326,6 +327,9 @@ class Detector:
                 with ThreadPoolExecutor(len(parts)) as pool:
                     return list(itertools.chain.from_iterable(pool.map(self._forward_pass, parts)))
         except (RuntimeError, MemoryError) as error:
+            if is_cuda_lost():
+                log.critical("CUDA is lost in this process, which ends now.", exc_info=error)
+                os._exit(1)  # from this thread, nothing else ends a server
             if not is_out_of_memory(error) or len(frames) == 1:
                 raise
         half = len(frames) // 2
@@ -412,10 +416,22 @@ def fold_batch_norms(model: torch.nn.Module) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch raises RuntimeErrors that mention memory, whatever the device. OpenCV and the system have their own."""
+    """PyTorch only has an error of its own for CUDA; OpenCV and the system have theirs."""
     if isinstance(error, OSError):  # its message may have a file's name
         return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or (isinstance(error, (RuntimeError, cv2.error)) and "memory" in str(error))
+    if isinstance(error, (RuntimeError, cv2.error)):  # but not "an illegal memory access"
+        return bool(re.search("out of memory|allocate memory|insufficient memory|alloc_failed", str(error), re.I))
+    return isinstance(error, MemoryError)
+
+
+def is_cuda_lost() -> bool:
+    """Whether all use of CUDA fails from now on in this process, as after an illegal memory access."""
+    try:
+        if HAS_CUDA:
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        return not is_out_of_memory(error)
+    return False
 
 
 def load_detector() -> tuple[Detector, str]:
