@@ -25,6 +25,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -342,6 +343,9 @@ class Detector:
                 with ThreadPoolExecutor(len(parts)) as pool:
                     return list(itertools.chain.from_iterable(pool.map(self._forward_pass, parts)))
         except (RuntimeError, MemoryError) as error:
+            if is_cuda_lost():
+                log.critical("CUDA is lost in this process, which ends now.", exc_info=error)
+                os._exit(1)  # from this thread, nothing else ends a server
             if not is_out_of_memory(error) or len(frames) == 1:
                 raise
         half = len(frames) // 2
@@ -428,10 +432,22 @@ def fold_batch_norms(model: torch.nn.Module) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch raises RuntimeErrors that mention memory, whatever the device. OpenCV and the system have their own."""
+    """PyTorch only has an error of its own for CUDA; OpenCV and the system have theirs."""
     if isinstance(error, OSError):  # its message may have a file's name
         return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or (isinstance(error, (RuntimeError, cv2.error)) and "memory" in str(error))
+    if isinstance(error, (RuntimeError, cv2.error)):  # but not "an illegal memory access"
+        return bool(re.search("out of memory|allocate memory|insufficient memory|alloc_failed", str(error), re.I))
+    return isinstance(error, MemoryError)
+
+
+def is_cuda_lost() -> bool:
+    """Whether all use of CUDA fails from now on in this process, as after an illegal memory access."""
+    try:
+        if HAS_CUDA:
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        return not is_out_of_memory(error)
+    return False
 
 
 def load_detector() -> tuple[Detector, str]:
@@ -504,21 +520,24 @@ def new_run(session: object) -> Run:
         raise gr.Error(message, title="Busy") from None
 
 
-@lru_cache(maxsize=CACHED_VIDEOS)
-def cached_detections(video: str, modified: float, resolution: str) -> dict[int, Detections]:
-    """The detections of all runs of a file at a resolution, by source index. Runs add to it.
+@dataclass
+class CachedVideo:
+    """What stays of the runs of a file at a resolution."""
 
-    Args:
-        modified: When the file was modified: after a change, it is another video.
-    """
-    return {}
+    detections: dict[int, Detections] = field(default_factory=dict)  # by source index; runs add to it
+    step: int | None = None  # of the last run that kept up
 
 
 @lru_cache(maxsize=CACHED_VIDEOS)
-def step_to_keep_up(video: str, modified: float, resolution: str) -> int:
+def cached_video(video: str, modified: float, resolution: str) -> CachedVideo:
+    """The entry of a file that was modified at that time: after a change, it is another video."""
+    return CachedVideo()
+
+
+def step_to_keep_up(video: str, resolution: str) -> int:
     """The smallest step between analysed output frames that keeps up with real time.
 
-    Decided once per video, so that later runs find the same frames in the cache. The runs in progress share the model.
+    The runs in progress share the model.
     """
     fps = read_video_info(video).fps / RESOLUTIONS[resolution]
     runs = max(1, min(len(RUNS), CONCURRENT_RUNS))
@@ -529,16 +548,22 @@ def step_to_keep_up(video: str, modified: float, resolution: str) -> int:
 class Analysis:
     """A run of a video: its settings, and how far it has come. Only the thread that calls `add` changes it.
 
+    A run that resumes within the video needs the frames before at once, so it takes those that are cached, with their
+    step. Another run decides on its step anew: the app may be busier than before, or less busy.
+
     Raises:
         VideoError: If the file is not a video.
     """
 
-    def __init__(self, video: str, conf_threshold: float, options: Options):
+    def __init__(self, video: str, conf_threshold: float, options: Options, resumes: bool = False):
         self.info, self.conf_threshold, self.options = read_video_info(video), conf_threshold, options
         self.fps = self.info.fps / RESOLUTIONS[options.resolution]
-        file = (video, os.path.getmtime(video), options.resolution)
-        self.cached = cached_detections(*file)
-        self.step = step_to_keep_up(*file) if options.analysed == KEEP_UP else 1
+        cached = cached_video(video, os.path.getmtime(video), options.resolution)
+        self.cached, self.step = cached.detections, 1
+        if options.analysed == KEEP_UP:
+            if not (resumes and cached.step):
+                cached.step = step_to_keep_up(video, options.resolution)
+            self.step = cached.step
         self.results = Results(self.info, DETECTOR.id2label)
         self.folder = ""  # of the chunks and the files, while they exist
         self.chunks: list[str] = []
@@ -861,7 +886,7 @@ def show_run(run: Run, video: str, settings: Sequence, join_seconds: float = 0) 
             time.sleep(HEARTBEAT_SECONDS)
         yield {status: "Reading the video…"}
         conf_threshold, *options = settings
-        analysis, failure = Analysis(video, conf_threshold, Options(*options)), None
+        analysis, failure = Analysis(video, conf_threshold, Options(*options), resumes=join_seconds > 0), None
         with contextlib.closing(analysis.stream(join_seconds)) as updates:
             try:
                 while not (run.is_stopped or analysis.is_end):
@@ -946,9 +971,8 @@ def progress_bar(analysis: Analysis) -> str:
 
 def show_results(analysis: Analysis) -> Iterator[dict]:
     """The table and the plot."""
-    counted = analysis.results.counted_detections()
-    rows = analysis.results.objects_per_class(counted)
-    counts = analysis.results.counts_over_time(counted, analysis.seconds - 1 / float(analysis.fps))
+    rows = analysis.results.objects_per_class()
+    counts = analysis.results.counts_over_time(analysis.seconds - 1 / float(analysis.fps))
     yield {
         table: rows,
         plot: gr.update(

@@ -148,7 +148,8 @@ def test_a_stream_stays_as_long_as_its_session_has_a_heartbeat(app, chunk):
 
 def test_nobody_can_have_a_stream_joined_into_a_file(app, chunk):
     playlist = app.watch(chunk, "joined")[0].rsplit("/", 1)[0]
-    assert not app.is_there(f"{playlist}/playlist-file")
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        app.get(f"{playlist}/playlist-file")
 
 
 def test_a_session_does_not_keep_its_last_values(app, chunk):
