@@ -38,7 +38,7 @@ def test_eight_clients_at_once_get_each_what_they_get_alone(server, tmp_path):
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(visit, jobs, timeout=200))
     for (path, threshold, resolution), (annotated, found) in zip(jobs, answers, strict=True):
-        report = analysis_of(path, threshold, resolution=resolution)
+        report = analysis_of(path, threshold, resolution=resolution, analysed=app.EVERY_FRAME)
         for update in stream(str(path), threshold, resolution=resolution, folder=tmp_path):
             report.add(update)
         report.folder = str(tmp_path)
@@ -51,7 +51,15 @@ class Visitor:
 
     def __init__(self, server, path, threshold=0.3, endpoint="stream_object_detection"):
         self.url = f"{server}/gradio_api/call/{endpoint}"
-        data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, threshold, [], "Half (fast)", "Every frame", True]
+        data = [
+            {"path": path, "meta": {"_type": "gradio.FileData"}},
+            threshold,
+            [],
+            "Half (fast)",
+            "Every frame",
+            True,
+            True,
+        ]
         request = urllib.request.Request(
             self.url, json.dumps({"data": data}).encode(), {"Content-Type": "application/json"}
         )
