@@ -36,7 +36,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache, partial
 from inspect import unwrap
@@ -99,12 +99,13 @@ MIN_FREE_DISK = 0.05  # of the disk; below, a new run is refused
 
 @dataclass(frozen=True)
 class Options:
-    """What a viewer chooses besides the video and the confidence threshold. The page has a component for each field."""
+    """What a viewer chooses besides the video and the confidence threshold: a component and an argument per field."""
 
     classes: Sequence[str] = ()  # names of the classes to draw, from the checkpoint's `id2label`; empty for all
     resolution: str = HALF  # a key of `RESOLUTIONS`
     analysed: str = KEEP_UP  # or EVERY_FRAME
     tracks: bool = True  # draw the objects' numbers and trails
+    video_output: bool = True  # else nothing is drawn and encoded; for programs only
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Plan:
 class StreamUpdate(NamedTuple):
     """What `stream_object_detection` yields."""
 
-    chunk: str  # path of an mp4 file (H.264, FLAC), which the caller removes
+    chunk: str  # path of an mp4 file (H.264, FLAC), which the caller removes; empty without `video_output`
     frames: list[FrameDetections]  # analysed since the last update
     output_frames: int  # how many the output has, counted from the beginning of the video
     is_end: bool  # of the video
@@ -163,25 +164,27 @@ def stream_object_detection(
         # How many frames the output has so far.
         end, tracker = (plan.after.output_frames, plan.after.tracker) if plan.after else (0, ObjectTracker(fps))
         frames = sample_frames(info, fps, Fraction(1, divisor), end)
-        audio = AudioReader(info, end / fps) if info.audio_channels else None
+        audio = AudioReader(info, end / fps) if info.audio_channels and options.video_output else None
         batches = Prefetcher(read_batches(frames, end, plan.step, chunk_frames))
         deadline = began + plan.budget_seconds - GPU_RESERVE_SECONDS
         with contextlib.closing(Prefetcher(detect_batches(batches, plan.cached, plan.step, deadline))) as detected:
             for first in detected:
                 found = []
                 size = first.frames[0].image.shape[1::-1]
-                with ChunkWriter(plan.folder, size, fps, info.audio_channels) as writer:
+                chunk = ChunkWriter(plan.folder, size, fps, info.audio_channels) if options.video_output else None
+                with chunk or contextlib.nullcontext():
                     for batch in itertools.chain([first], detected):
                         found += draw_batch(batch, conf_threshold, options, tracker)
-                        for frame in batch.frames:
-                            writer.write(frame.image)
+                        for frame in batch.frames if chunk else ():
+                            chunk.write(frame.image)
                         end += len(batch.frames)
                         if audio:
-                            writer.write_audio(audio.read_until(end / fps))
+                            chunk.write_audio(audio.read_until(end / fps))
                         is_joined = batch.is_cached and end / fps <= plan.join_seconds
                         if batch.is_end or (end % chunk_frames == 0 and not is_joined):
                             break
-                yield StreamUpdate(writer.path, found, end, batch.is_end, time.monotonic() - began, tracker)
+                path = chunk.path if chunk else ""
+                yield StreamUpdate(path, found, end, batch.is_end, time.monotonic() - began, tracker)
     except Exception as error:
         raise user_facing_error(error) from error  # from a ZeroGPU's worker, no other error arrives whole
 
@@ -250,8 +253,9 @@ def draw_batch(batch: Batch, conf_threshold: float, options: Options, tracker: O
     found = []
     frames = zip(batch.frames, batch.detections, batch.is_analysed, tracked, strict=True)
     for frame, detections, is_analysed, drawn in frames:
-        trails = tracker.next_trails(drawn) if options.tracks else ()
-        draw(frame.image, drawn, options.tracks, trails)
+        if options.video_output:
+            trails = tracker.next_trails(drawn) if options.tracks else ()
+            draw(frame.image, drawn, options.tracks, trails)
         if is_analysed:
             found.append(FrameDetections(frame.source_index, frame.pts_seconds, frame.source_size, detections, drawn))
     return found
@@ -625,15 +629,13 @@ class Analysis:
     def save(self) -> dict[str, str]:
         """Writes the files to download, which README.md describes. Returns their paths by kind."""
         base = os.path.join(self.folder, Path(self.info.path).stem)
-        join_chunks(self.chunks, f"{base}-boxes.mp4")
-        settings = {
-            "model": DETECTOR.name,
-            "threshold": self.conf_threshold,
-            "classes": list(self.options.classes),
-            "analysed_seconds": round(self.seconds, 3),
-        }
+        saved = {"video": f"{base}-boxes.mp4"} if self.options.video_output else {}
+        if saved:
+            join_chunks(self.chunks, saved["video"])
+        settings = {"model": DETECTOR.name, "threshold": self.conf_threshold, **asdict(self.options)}
+        settings |= {"step": self.step, "analysed_seconds": round(self.seconds, 3)}
         csv_path, json_path = self.results.save(base, settings)
-        return {"video": f"{base}-boxes.mp4", "csv": csv_path, "json": json_path}
+        return saved | {"csv": csv_path, "json": json_path}
 
 
 WAITS_FOR_GPU = "waits for a GPU"
@@ -988,8 +990,9 @@ def show_results(analysis: Analysis) -> Iterator[dict]:
 
 
 def detect_video(
-    video: dict, conf_threshold: float, classes: list[str], resolution: str, analysed: str, tracks: bool
-) -> Iterator[tuple[str | None, dict]]:
+    video: dict, conf_threshold: float, classes: list[str], resolution: str, analysed: str, tracks: bool,
+    video_output: bool,
+) -> Iterator[tuple[str | None, dict]]:  # fmt: skip
     """Detect objects on a whole video, for programs.
 
     Args:
@@ -999,33 +1002,23 @@ def detect_video(
         resolution: "Half (fast)" (half the size, every second frame) or "Full".
         analysed: "As many as keep up" (with real time) or "Every frame".
         tracks: Whether to draw the objects' numbers and trails, true or false.
+        video_output: Whether to make the annotated video, true or false. Without it, the detections come sooner.
 
     Returns:
         The annotated video as one mp4 file with sound, and the detections, as README.md describes them.
     """
-    given = zip(ARGUMENTS, (video, conf_threshold, classes, resolution, analysed, tracks), strict=True)
+    given = zip(ARGUMENTS, (video, conf_threshold, classes, resolution, analysed, tracks, video_output), strict=True)
     path, *settings = [check_argument(*argument) for argument in given]
     with new_run(object()) as run:
         for values in show_run(run, path, settings):
             if files in values:
-                paths = {Path(path).suffix: path for path in values[files]}
-                yield paths[".mp4"], json.loads(Path(paths[".json"]).read_text(encoding="utf-8"))
+                saved = {Path(path).suffix: path for path in values[files]}
+                yield saved.get(".mp4"), json.loads(Path(saved[".json"]).read_text(encoding="utf-8"))
             elif status in values:  # often, so that Gradio notices a client that has left
                 yield None, {"status": values[status]}
 
 
 ARGUMENTS = gr.utils.get_function_description(detect_video)[1]  # what the docstring says, by name
-
-
-class VideoArgument(gr.FileData):
-    """An uploaded file. For anything else, a program gets a sentence."""
-
-    @classmethod
-    def model_validate(cls, value: object, **options: object) -> VideoArgument:
-        try:
-            return super().model_validate(value, **options)
-        except ValueError:
-            raise argument_error("video", value) from None
 
 
 def check_argument(name: str, value: object) -> object:
@@ -1036,7 +1029,9 @@ def check_argument(name: str, value: object) -> object:
     component = arguments[name]
     choices = [choice for _, choice in getattr(component, "choices", ())]
     if isinstance(component, gr.Video):
-        is_valid, value = value is not None, value and value["path"]
+        with contextlib.suppress(ValueError):  # as Gradio does: else the path may be that of any file
+            return gr.FileData.model_validate(value, context={"validate_meta": True}).path
+        is_valid = False
     elif isinstance(component, gr.Dropdown):
         value = [value] if isinstance(value, str) else value or []
         is_valid = isinstance(value, list) and all(name in choices for name in value)
@@ -1132,13 +1127,14 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
         )  # fmt: skip
     demo.unload(stop)  # with this, Gradio 6.31 notices the end of a session, and frees what belongs to it
     stop_button.click(stop, queue=False, show_progress="hidden", api_visibility="private")
-    # Programs have the page's settings, with the same defaults. `detect_video` checks them, so `preprocess=False`.
+    # Programs have the page's settings, with the same defaults. `detect_video` checks them, not Gradio.
     uploaded = gr.Video(label="Video", visible=False)
-    uploaded.data_model = VideoArgument
-    arguments = dict(zip(ARGUMENTS, [uploaded, *settings[1:]], strict=True))
+    with_video = gr.Checkbox(True, label="Annotated video", visible=False)
+    arguments = dict(zip(ARGUMENTS, [uploaded, *settings[1:], with_video], strict=True))
     for name, component in arguments.items():  # what the page about the API says of it
         api_info = component.api_info() | {"additional_description": ARGUMENTS[name]}
         component.api_info = partial(dict, api_info)
+    uploaded.data_model = None
     results = [gr.Video(label="Annotated video", visible=False), gr.JSON(label="Result", visible=False)]
     gr.Button(visible=False).click(
         detect_video, [*arguments.values()], results, api_name="detect_video", preprocess=False, concurrency_limit=None

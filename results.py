@@ -24,6 +24,7 @@ PLOT_POINTS = 200  # of the counts over time, at most
 
 BOX_COLUMNS = ["x1", "y1", "x2", "y2"]
 COLUMNS = ["time_seconds", "frame", "label", "track", "score", *BOX_COLUMNS]  # of the CSV file
+FORMAT_VERSION = 1  # of the JSON file: higher if a key changes or goes, not if one is added
 TABLE_HEADERS = ["Class", "Objects", "Most at once", "First (s)", "Last (s)"]
 
 
@@ -167,10 +168,12 @@ class Results:
         found = self.detections()
         found.to_csv(csv_path, index=False)
         found["box"] = found[BOX_COLUMNS].to_numpy().tolist()
-        width, height = self.source_size
-        duration_seconds = round(self.info.duration_seconds, 3)
-        video = {"width": width, "height": height, "fps": float(self.info.fps), "duration_seconds": duration_seconds}
+        (width, height), fps = self.source_size, float(self.info.fps)
+        video = {"name": Path(self.info.path).name, "width": width, "height": height, "fps": fps}
+        video["duration_seconds"] = round(self.info.duration_seconds, 3)
+        frames = sorted(self._rows)
+        analysed = {"analysed_frame_count": len(frames), "analysed_frames": frames}
         detections = json.loads(found.drop(columns=BOX_COLUMNS).to_json(orient="records"))
-        content = {**settings, "video": video, "detections": detections}
+        content = {"format_version": FORMAT_VERSION, **settings, "video": video, **analysed, "detections": detections}
         Path(json_path).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
         return [csv_path, json_path]

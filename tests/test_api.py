@@ -70,7 +70,7 @@ def test_a_program_gets_the_whole_video_and_the_detections(client, tmp_path):
     with av.open(annotated) as container:
         samples = np.concatenate([frame.to_ndarray().T for frame in container.decode(audio=0)])
         assert beep_onsets((samples * 32767).astype(np.int16), 48_000) == pytest.approx([0, 1, 2, 3, 4], abs=0.05)
-    assert found["video"] == {"width": 320, "height": 180, "fps": 30.0, "duration_seconds": 4.1}
+    assert found["video"] == {"name": "whole.mp4", "width": 320, "height": 180, "fps": 30.0, "duration_seconds": 4.1}
     assert {detection["frame"] for detection in found["detections"]} == set(range(0, 123, 2))
 
 
@@ -89,13 +89,22 @@ def test_the_name_of_one_class_is_enough(client):
     assert {detection["label"] for detection in found["detections"]} == {"star"}
 
 
+def test_a_program_can_do_without_the_video(client):
+    settings = {"video": handle_file(EXAMPLE), "analysed": "Every frame"}
+    _, with_video = client.predict(**settings, api_name="/detect_video")
+    annotated, found = client.predict(**settings, video_output=False, api_name="/detect_video")
+    assert annotated is None
+    assert found == with_video | {"video_output": False}
+
+
 @pytest.mark.parametrize(
     ("argument", "value", "expected"),
     [("video", str(EXAMPLE), "uploaded"), ("video", None, "uploaded"), ("video", ["x"], "uploaded"),
      ("conf_threshold", "0.5", "number from 0 to 1"), ("conf_threshold", None, "number from 0 to 1"),
      ("conf_threshold", 1.1, "number from 0 to 1"), ("conf_threshold", True, "number from 0 to 1"),
      ("classes", "dog", "triangle, star"), ("classes", ["star", "dog"], "triangle, star"), ("classes", 5, "list"),
-     ("resolution", None, "Full"), ("analysed", "all", "Every frame"), ("tracks", None, "true or false")],
+     ("resolution", None, "Full"), ("analysed", "all", "Every frame"), ("tracks", None, "true or false"),
+     ("video_output", "no", "true or false")],
 )  # fmt: skip
 def test_a_wrong_argument_gets_a_sentence_that_says_what_is_expected(client, argument, value, expected):
     given = {"video": handle_file(EXAMPLE), argument: value}
@@ -118,7 +127,7 @@ def test_the_api_has_one_endpoint_with_names_defaults_and_descriptions(client):
     assert set(endpoints) == {"/detect_video"}, "programs cannot use the page's stream"
     parameters = endpoints["/detect_video"]["parameters"]
     names = [parameter["parameter_name"] for parameter in parameters]
-    assert names == ["video", "conf_threshold", "classes", "resolution", "analysed", "tracks"]
+    assert names == ["video", "conf_threshold", "classes", "resolution", "analysed", "tracks", "video_output"]
     assert all(parameter["parameter_has_default"] for parameter in parameters[1:])
     described = [parameter["python_type"]["description"] for parameter in parameters]
     assert described == [app.ARGUMENTS[name] for name in names]

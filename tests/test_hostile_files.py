@@ -255,7 +255,7 @@ def test_an_upload_that_points_elsewhere_is_refused_by_the_server(make, name, en
 
 def call(server: str, endpoint: str, video: object, conf_threshold: object = 0.5) -> str:
     """The server's answer to a program that sends `video` as the video."""
-    body = json.dumps({"data": [video, conf_threshold, [], "Half (fast)", "Every frame", True]}).encode()
+    body = json.dumps({"data": [video, conf_threshold, [], "Half (fast)", "Every frame", True, True]}).encode()
     url = f"{server}/gradio_api/call/{endpoint}"
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=20) as answer:

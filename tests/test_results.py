@@ -137,6 +137,23 @@ def test_the_json_carries_what_a_program_needs(report, saved):
         assert 0 <= x1 <= x2 <= width and 0 <= y1 <= y2 <= height
 
 
+def test_the_json_says_how_the_detections_were_made(saved):
+    content = json.loads(Path(saved["json"]).read_text())
+    settings = {"classes": [], "resolution": "Half (fast)", "analysed": "Every frame", "tracks": True}
+    assert content | settings | {"format_version": 1, "step": 1, "video_output": True} == content
+    assert content["video"]["name"] == "bouncing-shapes.mp4"
+
+
+def test_the_json_tells_frames_without_detections_from_skipped_ones(video, tmp_path, monkeypatch):
+    monkeypatch.setattr(app, "step_to_keep_up", lambda *_: 4)
+    path = run(video, 0.99, save_to=tmp_path, analysed=app.KEEP_UP).saved["json"]
+    content = json.loads(Path(path).read_text())
+    assert content["detections"] == []
+    assert content["step"] == 4
+    assert content["analysed_frames"] == [0, *range(6, 82, 8), 80], "of every second frame, each fourth, and both ends"
+    assert content["analysed_frame_count"] == 12
+
+
 def test_the_table_and_the_plot_tell_the_same_story_as_the_truth(report):
     results = {component: value for values in app.show_results(report) for component, value in values.items()}
     table = {row[0]: row[1:] for row in results[app.table].to_numpy().tolist()}

@@ -39,7 +39,7 @@ def test_eight_clients_at_once_get_each_what_they_get_alone(server, tmp_path):
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(visit, jobs, timeout=200))
     for (path, threshold, resolution), (annotated, found) in zip(jobs, answers, strict=True):
-        report = analysis_of(path, threshold, resolution=resolution)
+        report = analysis_of(path, threshold, resolution=resolution, analysed=app.EVERY_FRAME)
         for update in stream(str(path), threshold, resolution=resolution, folder=tmp_path):
             report.add(update)
         report.folder = str(tmp_path)

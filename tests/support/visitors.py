@@ -10,7 +10,15 @@ class Visitor:
 
     def __init__(self, server, path, threshold=0.3, endpoint="stream_object_detection"):
         self.url = f"{server}/gradio_api/call/{endpoint}"
-        data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, threshold, [], "Half (fast)", "Every frame", True]
+        data = [
+            {"path": path, "meta": {"_type": "gradio.FileData"}},
+            threshold,
+            [],
+            "Half (fast)",
+            "Every frame",
+            True,
+            True,
+        ]
         request = urllib.request.Request(
             self.url, json.dumps({"data": data}).encode(), {"Content-Type": "application/json"}
         )
