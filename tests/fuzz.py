@@ -25,6 +25,7 @@ from typing import NamedTuple
 import conftest  # the detector that ships with the app, and a cache folder for the tests
 import gradio as gr
 import numpy as np
+from streams import busy_threads
 from videos import ffmpeg, read_chunks
 
 import app
@@ -124,7 +125,7 @@ class Outcome(NamedTuple):
 def check(path: str) -> Outcome:
     """Streams a file through the app, in this process."""
     gc.collect()
-    threads, files, memory = conftest.busy_threads(), count_open_files(), forget_memory_peak()
+    threads, files, memory = busy_threads(), count_open_files(), forget_memory_peak()
     with tempfile.TemporaryDirectory(prefix="chunks-") as folder:
         started = time.monotonic()
         chunks, error, failure = stream(path, folder)
@@ -171,7 +172,7 @@ def left_behind(threads: set[threading.Thread], files: int, names: set[str]) -> 
     deadline = time.monotonic() + 3
     while True:
         gc.collect()
-        left = names | {f"thread {thread.name}" for thread in conftest.busy_threads() - threads}
+        left = names | {f"thread {thread.name}" for thread in busy_threads() - threads}
         left |= {"an open file"} if count_open_files() > files else set()
         if not left or time.monotonic() > deadline:
             return f"left behind: {', '.join(sorted(left))}" if left else ""

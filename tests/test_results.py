@@ -226,7 +226,11 @@ def many_frames(count, numbers, seed=0):
 
 
 def results_of(frames, seconds):
-    results = Results(SimpleNamespace(duration_seconds=seconds), {0: "star", 1: "circle", 2: "cross"})
+    pts_seconds = np.zeros(1 + max(frame.source_index for frame in frames))
+    for frame in frames:
+        pts_seconds[frame.source_index] = frame.pts_seconds
+    info = SimpleNamespace(duration_seconds=seconds, pts_seconds=pts_seconds)
+    results = Results(info, {0: "star", 1: "circle", 2: "cross"})
     results.add(frames)
     return results
 
