@@ -213,9 +213,9 @@ def match(some: Detections, others: Detections) -> tuple[np.ndarray, np.ndarray]
 def likeness(some: Detections, others: Detections, shifts: np.ndarray | int = 0) -> np.ndarray:
     """How alike N and M boxes are, after each of K shifts (K, 1, 1, 2) of the first ones: (N, M) or (K, N, M).
 
-    1 is equal. It falls by a factor of e for each `NEAR` of distance in box sizes, and as the ratio of the widths and
-    that of the heights; unlike the sum of such distances, their likeness does not give up a good pair for two bad ones.
-    Other classes are not alike.
+    1 is equal, other classes have 0. It falls by a factor of e for each `NEAR` of distance in box sizes, and as the
+    ratios of the widths and of the heights. Sums of likenesses prefer a good pair and a bad one to two middling ones;
+    to sums of distances they are the same.
     """
     sizes, other_sizes = (np.maximum(found.xyxy[:, 2:] - found.xyxy[:, :2], 1e-6) for found in (some, others))
     offsets = _centres(others) - _centres(some)[:, None]

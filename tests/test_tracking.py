@@ -172,14 +172,6 @@ def test_a_new_object_may_be_missed_once():
     assert numbers_on(frames) == [[1]] * 2 + [[]] + [[1]] * 9
 
 
-def test_a_box_that_fits_is_not_given_up_for_two_that_do_not():
-    """Once the first one is out of sight, another object steps in at the end of the row."""
-    row = [Detections.merge((one(0.2), one(0.35)))] * 12
-    later = [Detections.merge((one(0.35), one(0.5)))] * 6
-    assert numbers_on([*row, *later], fps=12)[:12] == [[1, 2]] * 12
-    assert [numbers[0] for numbers in numbers_on([*row, *later], fps=12)[12:]] == [2] * 6
-
-
 def test_the_confident_one_of_two_boxes_on_one_object_gets_its_number():
     frames = on_the_way(12)
     double = frames[-1][:]
@@ -195,8 +187,8 @@ def moved(detections: Detections, x: float, y: float) -> Detections:
     return dataclasses.replace(detections, xyxy=detections.xyxy + np.array([x, y, x, y], np.float32))
 
 
-def test_numbers_stay_when_the_whole_picture_jumps_by_more_than_the_objects_are_apart():
-    frames = [*[ROW] * 12, moved(ROW, 0.15, 0.1)[1:], moved(ROW, -0.05, -0.1)[:4]]
+def test_numbers_stay_when_the_whole_picture_jumps():
+    frames = [*[ROW] * 12, moved(ROW, 0.25, 0.1)[1:], moved(ROW, -0.05, -0.1)[:4]]
     assert numbers_on(frames)[-2:] == [[2, 3, 4, 5], [1, 2, 3, 4]]
 
 
