@@ -53,7 +53,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 
@@ -462,7 +462,10 @@ def load_detector() -> tuple[Detector, str]:
         if os.path.isdir(source):
             return Detector(source, Path(source).name), ""
         return Detector(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]), source), ""
-    except LocalEntryNotFoundError:
+    except LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, HfHubHTTPError):  # there is a network: 429 or 5xx
+            reason = str(error.__cause__).strip().splitlines()[0]
+            sys.exit(f"The model '{source}' cannot be downloaded, and is not in the local cache: {reason}")
         if model_id:
             sys.exit(f"The model '{source}' in MODEL_ID is unavailable: no network, and not in the local cache.")
     except (OSError, ValueError) as error:
