@@ -58,7 +58,7 @@ from gradio.route_utils import MediaStream
 from gradio.state_holder import SessionState
 from gradio.utils import get_upload_folder
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
@@ -70,7 +70,17 @@ from draw_boxes import draw_bounding_boxes, label_color
 from results import TABLE_HEADERS, FrameDetections, Results
 from runs import BusyError, Prefetcher, Run, RunQueue
 from tracking import CutFinder, Detections, ObjectTracker, fill_gaps
-from video import CPU_COUNT, AudioReader, ChunkWriter, Frame, VideoError, join_chunks, read_video_info, sample_frames
+from video import (
+    CPU_COUNT,
+    AudioReader,
+    ChunkWriter,
+    Frame,
+    VideoError,
+    VideoInfo,
+    join_chunks,
+    read_video_info,
+    sample_frames,
+)
 
 log = logging.getLogger("rt-detr-stream")
 
@@ -120,6 +130,12 @@ class Plan:
     join_seconds: float = 0  # cached frames up to this second of the video come as one long chunk
     # The stream ends shortly before this time limit; with 0, at the first frame that is not cached.
     budget_seconds: float = GPU_SECONDS if ON_ZEROGPU else math.inf
+    info: VideoInfo | None = None  # of the video, if it has been read
+    granted: float | None = None  # when the time limit began (`time.monotonic`, alike in all processes); None for now
+
+    def __getstate__(self) -> dict[str, object]:
+        """`spaces` 0.51 pickles this right after a GPU was granted: before it forks a worker and initializes CUDA."""
+        return vars(self) | {"granted": time.monotonic()}
 
 
 class StreamUpdate(NamedTuple):
@@ -157,7 +173,7 @@ def stream_object_detection(
     began = time.monotonic()
     options, plan = options or Options(), plan or Plan()
     try:
-        info = read_video_info(video)
+        info = plan.info or read_video_info(video)
         divisor = RESOLUTIONS[options.resolution]
         fps = info.fps / divisor
         chunk_frames = plan.step * max(1, round(CHUNK_SECONDS * fps / plan.step))
@@ -166,7 +182,7 @@ def stream_object_detection(
         frames = sample_frames(info, fps, Fraction(1, divisor), end)
         audio = AudioReader(info, end / fps) if info.audio_channels and options.video_output else None
         batches = Prefetcher(read_batches(frames, end, plan.step, chunk_frames))
-        deadline = began + plan.budget_seconds - GPU_RESERVE_SECONDS
+        deadline = (plan.granted or began) + plan.budget_seconds - GPU_RESERVE_SECONDS
         with contextlib.closing(Prefetcher(detect_batches(batches, plan.cached, plan.step, deadline))) as detected:
             for first in detected:
                 found = []
@@ -466,7 +482,10 @@ def load_detector() -> tuple[Detector, str]:
         if os.path.isdir(source):
             return Detector(source, Path(source).name), ""
         return Detector(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]), source), ""
-    except LocalEntryNotFoundError:
+    except LocalEntryNotFoundError as error:
+        if isinstance(error.__cause__, HfHubHTTPError):  # there is a network: 429 or 5xx
+            reason = str(error.__cause__).strip().splitlines()[0]
+            sys.exit(f"The model '{source}' cannot be downloaded, and is not in the local cache: {reason}")
         if model_id:
             sys.exit(f"The model '{source}' in MODEL_ID is unavailable: no network, and not in the local cache.")
     except (OSError, ValueError) as error:
@@ -661,10 +680,11 @@ def stream_calls(analysis: Analysis, join_seconds: float) -> Generator[StreamUpd
             frames = round(analysis.info.duration_seconds * analysis.fps) - start
             plan = replace(plan, budget_seconds=gpu_budget_seconds(frames, seconds_per_frame))
             yield WAITS_FOR_GPU
-        if ON_ZEROGPU:
-            plan = replace(plan, cached=dict(analysis.cached))  # a copy: it is pickled while others add to it
-        stream = stream_object_detection if with_gpu else unwrap(stream_object_detection)
-        updates = stream(analysis.info.path, analysis.conf_threshold, analysis.options, plan=plan)
+        if ON_ZEROGPU:  # a copy of the rest: it is pickled while others add to the cache
+            first = analysis.info.pts_seconds.searchsorted(float(start / analysis.fps)) - 2
+            rest = {index: found for index, found in list(analysis.cached.items()) if index >= first}
+            plan = replace(plan, cached=rest, info=analysis.info)
+        updates = call_gpu(analysis, plan, seconds_per_frame) if with_gpu else call(analysis, plan, on_gpu=False)
         with contextlib.closing(updates):
             for update in updates:
                 # On ZeroGPU, the worker could only add to its copy.
@@ -676,6 +696,22 @@ def stream_calls(analysis: Analysis, join_seconds: float) -> Generator[StreamUpd
             if not update or update.output_frames == start:
                 raise gr.Error("The GPU was not fast enough for a single frame.", title="No result")
             seconds_per_frame = update.elapsed_seconds / (update.output_frames - start)
+
+
+def call(analysis: Analysis, plan: Plan, on_gpu: bool = True) -> Iterator[StreamUpdate]:
+    stream = stream_object_detection if on_gpu else unwrap(stream_object_detection)
+    return stream(analysis.info.path, analysis.conf_threshold, analysis.options, plan=plan)
+
+
+def call_gpu(analysis: Analysis, plan: Plan, seconds_per_frame: float) -> Iterator[StreamUpdate]:
+    """A call that, if the visitor's quota is too short for it, requests what is left of that, if a chunk fits in."""
+    try:
+        yield from call(analysis, plan)
+    except gr.Error as error:  # the sentence is that of `spaces` 0.51
+        left = re.search(r"requested vs\. (\d+)s left", error.message)
+        if not left or int(left[1]) < gpu_budget_seconds(round(CHUNK_SECONDS * analysis.fps), seconds_per_frame):
+            raise
+        yield from call(analysis, replace(plan, budget_seconds=int(left[1])))
 
 
 def gpu_budget_seconds(frames: int, seconds_per_frame: float) -> int:

@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,25 @@ def test_without_a_network_the_shipped_detector_starts_and_says_so():
         assert words in result.stderr
     assert len(result.stderr.splitlines()) < 6, result.stderr  # no pages of retries
     assert time.monotonic() - begun < 60
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_hub_that_refuses_is_not_mistaken_for_a_missing_network(status):
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(status)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        result = start("import app", MODEL_ID="", HF_ENDPOINT=f"http://127.0.0.1:{hub.server_port}")
+        hub.shutdown()
+    assert result.returncode == 1
+    assert f"The model '{app.DEFAULT_CPU_MODEL_ID}' cannot be downloaded" in result.stderr
+    assert str(status) in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_a_local_folder_is_loaded_and_has_no_note(monkeypatch):

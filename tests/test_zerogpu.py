@@ -93,6 +93,29 @@ def test_a_refused_call_ends_the_run_with_the_reason_and_what_there_is(happened)
     assert len(run["releases"]) == 1
 
 
+def test_a_run_takes_what_is_left_of_the_quota_if_a_chunk_fits_in(happened):
+    run = happened("short_quota")
+    assert_whole(run)
+    assert run["requests"] == [12]
+    assert run["without_a_chunk"]["error"][0] == "ZeroGPU quota exceeded"
+
+
+def test_the_time_that_a_worker_takes_to_begin_counts(happened):
+    run = happened("slow_start")
+    assert_whole(run)
+    assert run["overrun"] == 0
+    assert len(run["requests"]) >= 2
+
+
+def test_a_worker_gets_only_the_rest_of_what_is_cached_and_does_not_read_the_packets(happened):
+    run = happened("what_a_worker_gets")
+    assert run["all_have_info"]
+    assert run["calls"][0] == [0, None]
+    assert len(run["calls"]) >= 2
+    for start, first in run["calls"][1:]:
+        assert first is None or first >= 2 * start - 2
+
+
 def test_a_killed_worker_ends_the_run_with_an_error_and_what_there_is(happened):
     run = happened("killed_worker")
     assert_beginning(run)
@@ -160,7 +183,7 @@ def test_a_request_is_for_the_rest_at_the_pace_of_the_call_before(happened):
 
 def test_a_slow_page_does_not_look_like_a_slow_gpu(happened):
     run = happened("slow_page")
-    (first, _), (rest, measured) = run["paces"]
+    (first, _), (rest, measured), *_ = run["paces"]
     assert measured * (first - rest) < run["paused_seconds"]
 
 

@@ -8,8 +8,10 @@ entry of the report, which test_zerogpu.py checks.
 # ruff: noqa: E402
 
 import contextlib
+import functools
 import glob
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -69,6 +71,7 @@ class Platform:
         self.overrun = 0  # how many calls took longer than requested
         self.waiting_seconds = 0.0  # until a GPU is granted
         self.refuses_after = 1_000  # calls
+        self.left_seconds = math.inf  # of the visitor's quota
         self.has_always_new_gpus = False
         self._free: list[int] = []
         self._lock = threading.Lock()
@@ -79,6 +82,9 @@ class Platform:
         if len(self.requests) >= self.refuses_after:
             message = "You have exceeded your free ZeroGPU quota (60s requested vs. 12s left). Try again in 3:04:05. "
             raise spaces.zero.gradio.error("ZeroGPU quota exceeded", message)
+        if duration.total_seconds() > self.left_seconds:
+            requested = f"{duration.total_seconds():.0f}s requested vs. {self.left_seconds}s left"
+            raise spaces.zero.gradio.error("ZeroGPU quota exceeded", f"You have exceeded your quota ({requested}). ")
         time.sleep(self.waiting_seconds)
         with self._lock:
             self.requests.append(duration.total_seconds())
@@ -206,6 +212,37 @@ def refused_second_call(video: str, platform: Platform) -> dict:
         return watch(analysis_of(video, 1.0)) | record(platform)
 
 
+def short_quota(video: str, platform: Platform) -> dict:
+    with patched(app, gpu_budget_seconds=lambda frames, _: 20 if frames > 30 else 5):
+        platform.left_seconds = 12
+        run = watch(analysis_of(video, 1.0)) | record(platform)
+        os.utime(video)
+        platform.left_seconds = 4
+        return run | {"without_a_chunk": watch(analysis_of(video, 1.0))}
+
+
+def slow_start(video: str, platform: Platform) -> dict:
+    """The worker takes half of the time to begin."""
+    start = spaces.zero.wrappers.worker_init
+    late = patched(spaces.zero.wrappers, worker_init=lambda **args: time.sleep(2.5) or start(**args))
+    with late, slow_gpu(0.2), patched(app, GPU_RESERVE_SECONDS=1.5, gpu_budget_seconds=lambda *_: 5):
+        return watch(analysis_of(video, 1.0)) | record(platform)
+
+
+def what_a_worker_gets(video: str, platform: Platform) -> dict:
+    plans, detect = [], app.stream_object_detection
+
+    @functools.wraps(detect)
+    def recording(*args: object, plan: app.Plan) -> object:
+        plans.append((plan.after.output_frames if plan.after else 0, min(plan.cached, default=None), plan.info))
+        return detect(*args, plan=plan)
+
+    with short_budgets(), slow_gpu(0.2), patched(app, stream_object_detection=recording):
+        report = analysis_of(video, 1.0)
+        watch(report)
+    return {"calls": [(start, first) for start, first, _ in plans], "all_have_info": all(plan[2] for plan in plans)}
+
+
 def killed_worker(video: str, platform: Platform) -> dict:
     def kill_worker(update: app.StreamUpdate) -> None:
         (worker,) = multiprocessing.active_children()
@@ -305,6 +342,9 @@ def main() -> None:
         (budget_that_ends_and_another_gpu, video),
         (slow_page, video),
         (refused_second_call, video),
+        (short_quota, video),
+        (slow_start, video),
+        (what_a_worker_gets, video),
         (killed_worker, video),
         (visitor_who_leaves, video),
         (visitor_who_leaves_while_waiting, video),
