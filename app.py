@@ -25,17 +25,20 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import weakref
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from importlib.util import find_spec
 from inspect import unwrap
 from pathlib import Path
@@ -51,10 +54,16 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 import transformers
+from gradio import blocks, processing_utils, queueing
+from gradio.route_utils import MediaStream
+from gradio.state_holder import SessionState
+from gradio.utils import get_upload_folder
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
 
@@ -83,6 +92,8 @@ GPU_SECONDS = 60  # of a ZeroGPU per call, at most: a request that exceeds the v
 GPU_RESERVE_SECONDS = 4  # of GPU_SECONDS, to finish the last chunk
 CONCURRENT_RUNS = 32 if ON_ZEROGPU else 4  # others wait in a queue
 MAX_RUNS = 100  # including those that wait
+KEPT_SECONDS = 3600  # uploads and results, after their last use
+MIN_FREE_DISK = 0.05  # of the disk; below, a new run is refused
 
 # ------------------------------------------------------------------------------------------------------ generator
 
@@ -144,19 +155,23 @@ def stream_object_detection(
     Raises:
         gr.Error: If the file is not a video that can be decoded, or something else fails.
     """
-    began, options, plan = time.monotonic(), options or Options(), plan or Plan()
-    deadline = began + plan.budget_seconds - GPU_RESERVE_SECONDS
+    began = time.monotonic()
+    options, plan = options or Options(), plan or Plan()
     try:
-        info, divisor = read_video_info(video), RESOLUTIONS[options.resolution]
+        info = read_video_info(video)
+        divisor = RESOLUTIONS[options.resolution]
         fps = info.fps / divisor
         chunk_frames = plan.step * max(1, round(CHUNK_SECONDS * fps / plan.step))
+        # How many frames the output has so far.
         end, tracker = (plan.after.output_frames, plan.after.tracker) if plan.after else (0, ObjectTracker(fps))
-        audio = AudioReader(info, end / fps) if info.audio_channels and options.video_output else None
         frames = sample_frames(info, fps, Fraction(1, divisor), end)
+        audio = AudioReader(info, end / fps) if info.audio_channels and options.video_output else None
         batches = Prefetcher(read_batches(frames, end, plan.step, chunk_frames))
+        deadline = began + plan.budget_seconds - GPU_RESERVE_SECONDS
         with contextlib.closing(Prefetcher(detect_batches(batches, plan.cached, plan.step, deadline))) as detected:
             for first in detected:
-                found, size = [], first.frames[0].image.shape[1::-1]
+                found = []
+                size = first.frames[0].image.shape[1::-1]
                 chunk = ChunkWriter(plan.folder, size, fps, info.audio_channels) if options.video_output else None
                 with chunk or contextlib.nullcontext():
                     for batch in itertools.chain([first], detected):
@@ -181,7 +196,7 @@ class Batch(NamedTuple):
     frames: list[Frame]
     is_end: bool  # of the video
     detections: Sequence[Detections] = ()  # on each frame; this and the rest is added by `detect_batches`
-    analysed: Sequence[bool] = ()  # whether the model found them, not interpolated, and not on a frame shown again
+    is_analysed: Sequence[bool] = ()  # whether the model found them, not interpolated, and not on a frame shown again
     cuts: Sequence[bool] = ()  # whether a new shot begins with the frame
     is_cached: bool = False  # whether no frame needed the model
 
@@ -210,22 +225,25 @@ def detect_batches(
 
     Ends at the first batch that needs the model after `deadline` (`time.monotonic`).
     """
-    find_cut, before, last_index = CutFinder(), None, -1
+    find_cut = CutFinder()
+    before: Detections | None = None  # on the last frame of the batch before
+    last_index = -1
     with contextlib.closing(batches):
         for batch in batches:
-            to_analyse = [*batch.frames[step - 1 :: step], batch.frames[-1]]
-            to_analyse += batch.frames[:1] if before is None else []
-            new = {frame.source_index: frame.image for frame in to_analyse if frame.source_index not in cached}
-            if new and time.monotonic() > deadline:
+            wanted = [*batch.frames[step - 1 :: step], batch.frames[-1]]
+            if before is None:
+                wanted.append(batch.frames[0])
+            missing = {frame.source_index: frame.image for frame in wanted if frame.source_index not in cached}
+            if missing and time.monotonic() > deadline:
                 return
-            if new:
-                cached.update(zip(new, DETECTOR([*new.values()]), strict=True))
+            if missing:
+                cached.update(zip(missing, DETECTOR([*missing.values()]), strict=True))
             cuts = [find_cut(frame.image) for frame in batch.frames]
-            found = [cached.get(frame.source_index) for frame in batch.frames]
-            detections = fill_gaps([found[0] if before is None else before, *found], cuts)
-            is_new = np.diff([last_index, *(frame.source_index for frame in batch.frames)]) > 0
-            analysed = is_new & [boxes is not None for boxes in found]
-            yield batch._replace(detections=detections, analysed=analysed, cuts=cuts, is_cached=not new)
+            known = [cached.get(frame.source_index) for frame in batch.frames]
+            detections = fill_gaps([known[0] if before is None else before, *known], cuts)
+            is_first_showing = np.diff([last_index, *(frame.source_index for frame in batch.frames)]) > 0
+            is_analysed = is_first_showing & [detections is not None for detections in known]
+            yield batch._replace(detections=detections, is_analysed=is_analysed, cuts=cuts, is_cached=not missing)
             before, last_index = detections[-1], batch.frames[-1].source_index
 
 
@@ -234,10 +252,11 @@ def draw_batch(batch: Batch, conf_threshold: float, options: Options, tracker: O
     selected = [select_detections(detections, conf_threshold, options.classes) for detections in batch.detections]
     tracked = tracker.update(selected, batch.cuts)
     found = []
-    frames = zip(batch.frames, batch.detections, batch.analysed, tracked, strict=True)
+    frames = zip(batch.frames, batch.detections, batch.is_analysed, tracked, strict=True)
     for frame, detections, is_analysed, drawn in frames:
         if options.video_output:
-            draw(frame.image, drawn, tracker.trails(drawn) if options.tracks else None)
+            trails = tracker.next_trails(drawn) if options.tracks else ()
+            draw(frame.image, drawn, options.tracks, trails)
         if is_analysed:
             found.append(FrameDetections(frame.source_index, frame.pts_seconds, frame.source_size, detections, drawn))
     return found
@@ -252,14 +271,14 @@ def select_detections(detections: Detections, conf_threshold: float, classes: Se
     return detections[is_selected]
 
 
-def draw(image: np.ndarray, detections: Detections, trails: Sequence[np.ndarray] | None) -> None:
-    """Draws detections into an image, uint8 (height, width, 3) BGR; with the objects' numbers if there are trails."""
+def draw(image: np.ndarray, detections: Detections, tracks: bool, trails: Sequence[np.ndarray] = ()) -> None:
+    """Draws detections into an image, uint8 (height, width, 3) BGR; with `tracks`, the objects' numbers and trails."""
     height, width = image.shape[:2]
     boxes = detections.xyxy * (width, height, width, height)
     labels = [DETECTOR.id2label[class_id] for class_id in detections.class_id]
-    numbers = None if trails is None else detections.tracker_id
-    trails = trails and [trail * (width, height) for trail in trails]
-    draw_bounding_boxes(image, boxes, detections.confidence, labels, numbers, trails)
+    numbers = detections.tracker_id if tracks else None
+    pixel_trails = [trail * (width, height) for trail in trails] if tracks else None
+    draw_bounding_boxes(image, boxes, detections.confidence, labels, numbers, pixel_trails)
 
 
 # ---------------------------------------------------------------------------------------------------------- model
@@ -299,10 +318,10 @@ class Detector:
                 "and no do_pad"
             )
         self.input_size = (processor.size.height, processor.size.width)
-        model = AutoModelForObjectDetection.from_pretrained(folder, dtype=torch.float32).eval()
-        self.model = model.to(DEVICE)
         self.half_dtype = half_dtype()
+        self.model = AutoModelForObjectDetection.from_pretrained(folder, dtype=torch.float32).eval()
         self._optimize()
+        self.model.to(DEVICE)  # after all arithmetic: on ZeroGPU, this only marks the weights for the workers
         self.passes_at_once = CPU_COUNT if DEVICE.type == "cpu" else 1
         self.batch_frames = self.passes_at_once * max(1, PASS_PIXELS[DEVICE.type] // math.prod(self.input_size))
         self._lock = threading.Lock()  # visitors take turns: two passes at once take twice the memory
@@ -329,6 +348,9 @@ class Detector:
                 with ThreadPoolExecutor(len(parts)) as pool:
                     return list(itertools.chain.from_iterable(pool.map(self._forward_pass, parts)))
         except (RuntimeError, MemoryError) as error:
+            if is_cuda_lost():
+                log.critical("CUDA is lost in this process, which ends now.", exc_info=error)
+                os._exit(1)  # from this thread, nothing else ends a server
             if not is_out_of_memory(error) or len(frames) == 1:
                 raise
         half = len(frames) // 2
@@ -415,10 +437,22 @@ def fold_batch_norms(model: torch.nn.Module) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch raises RuntimeErrors that mention memory, whatever the device. OpenCV and the system have their own."""
+    """PyTorch only has an error of its own for CUDA; OpenCV and the system have theirs."""
     if isinstance(error, OSError):  # its message may have a file's name
         return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or (isinstance(error, (RuntimeError, cv2.error)) and "memory" in str(error))
+    if isinstance(error, (RuntimeError, cv2.error)):  # but not "an illegal memory access"
+        return bool(re.search("out of memory|allocate memory|insufficient memory|alloc_failed", str(error), re.I))
+    return isinstance(error, MemoryError)
+
+
+def is_cuda_lost() -> bool:
+    """Whether all use of CUDA fails from now on in this process, as after an illegal memory access."""
+    try:
+        if HAS_CUDA:
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        return not is_out_of_memory(error)
+    return False
 
 
 def load_detector() -> tuple[Detector, str]:
@@ -480,7 +514,10 @@ RUNS = RunQueue(CONCURRENT_RUNS, MAX_RUNS)
 
 
 def new_run(session: object) -> Run:
-    """As `RunQueue.new_run`, with a sentence for the visitor if the queue is full."""
+    """As `RunQueue.new_run`, with a sentence for the visitor if the queue or the disk is full."""
+    disk = shutil.disk_usage(tempfile.gettempdir())
+    if disk.free < MIN_FREE_DISK * disk.total:
+        raise gr.Error("The disk of the server is almost full. Try again in an hour.", title="Busy")
     try:
         return RUNS.new_run(session)
     except BusyError:
@@ -488,21 +525,24 @@ def new_run(session: object) -> Run:
         raise gr.Error(message, title="Busy") from None
 
 
-@lru_cache(maxsize=CACHED_VIDEOS)
-def cached_detections(video: str, modified: float, resolution: str) -> dict[int, Detections]:
-    """The detections of all runs of a file at a resolution, by source index. Runs add to it.
+@dataclass
+class CachedVideo:
+    """What stays of the runs of a file at a resolution."""
 
-    Args:
-        modified: When the file was modified: after a change, it is another video.
-    """
-    return {}
+    detections: dict[int, Detections] = field(default_factory=dict)  # by source index; runs add to it
+    step: int | None = None  # of the last run that kept up
 
 
 @lru_cache(maxsize=CACHED_VIDEOS)
-def step_to_keep_up(video: str, modified: float, resolution: str) -> int:
+def cached_video(video: str, modified: float, resolution: str) -> CachedVideo:
+    """The entry of a file that was modified at that time: after a change, it is another video."""
+    return CachedVideo()
+
+
+def step_to_keep_up(video: str, resolution: str) -> int:
     """The smallest step between analysed output frames that keeps up with real time.
 
-    Decided once per video, so that later runs find the same frames in the cache. The runs in progress share the model.
+    The runs in progress share the model.
     """
     fps = read_video_info(video).fps / RESOLUTIONS[resolution]
     runs = max(1, min(len(RUNS), CONCURRENT_RUNS))
@@ -513,16 +553,22 @@ def step_to_keep_up(video: str, modified: float, resolution: str) -> int:
 class Analysis:
     """A run of a video: its settings, and how far it has come. Only the thread that calls `add` changes it.
 
+    A run that resumes within the video needs the frames before at once, so it takes those that are cached, with their
+    step. Another run decides on its step anew: the app may be busier than before, or less busy.
+
     Raises:
         VideoError: If the file is not a video.
     """
 
-    def __init__(self, video: str, conf_threshold: float, options: Options):
+    def __init__(self, video: str, conf_threshold: float, options: Options, resumes: bool = False):
         self.info, self.conf_threshold, self.options = read_video_info(video), conf_threshold, options
         self.fps = self.info.fps / RESOLUTIONS[options.resolution]
-        file = (video, os.path.getmtime(video), options.resolution)
-        self.cached = cached_detections(*file)
-        self.step = step_to_keep_up(*file) if options.analysed == KEEP_UP else 1
+        cached = cached_video(video, os.path.getmtime(video), options.resolution)
+        self.cached, self.step = cached.detections, 1
+        if options.analysed == KEEP_UP:
+            if not (resumes and cached.step):
+                cached.step = step_to_keep_up(video, options.resolution)
+            self.step = cached.step
         self.results = Results(self.info, DETECTOR.id2label)
         self.folder = ""  # of the chunks and the files, while they exist
         self.chunks: list[str] = []
@@ -546,6 +592,8 @@ class Analysis:
         if self.waits_for_gpu:
             return False
         self.chunks.append(update.chunk)
+        with contextlib.suppress(OSError):  # a sign of use: Gradio deletes files by the time of their status (ctime)
+            os.chmod(self.info.path, os.stat(self.info.path).st_mode)
         self.results.add(update.frames)
         self.output_frames, self.is_end = update.output_frames, update.is_end
         return True
@@ -571,12 +619,13 @@ class Analysis:
         end, needed = steps * self.step * RESOLUTIONS[self.options.resolution], steps + (self.step > 1)
         return min(sum(index < end for index in list(self.cached)), needed), needed
 
-    def first_frame(self) -> np.ndarray:
-        """The first frame with its boxes, uint8 (height, width, 3) BGR. It must be cached."""
+    @cached_property
+    def first_frame_jpeg(self) -> bytes:
+        """The first frame with its boxes. Its detections must be cached."""
         frame = next(sample_frames(self.info, self.fps, Fraction(1, RESOLUTIONS[self.options.resolution])))
         detections = self.cached[frame.source_index]
-        draw(frame.image, select_detections(detections, self.conf_threshold, self.options.classes), None)
-        return frame.image
+        draw(frame.image, select_detections(detections, self.conf_threshold, self.options.classes), tracks=False)
+        return cv2.imencode(".jpg", frame.image)[1].tobytes()
 
     def save(self) -> dict[str, str]:
         """Writes the files to download, which README.md describes. Returns their paths by kind."""
@@ -601,7 +650,14 @@ def stream_calls(analysis: Analysis, join_seconds: float) -> Generator[StreamUpd
     update, seconds_per_frame = None, GPU_SECONDS_PER_FRAME
     for with_gpu in itertools.cycle((False, True) if ON_ZEROGPU else (True,)):
         start = update.output_frames if update else 0
-        plan = Plan(analysis.step, update, analysis.cached, analysis.folder, join_seconds, math.inf if with_gpu else 0)
+        plan = Plan(
+            step=analysis.step,
+            after=update,
+            cached=analysis.cached,
+            folder=analysis.folder,
+            join_seconds=join_seconds,
+            budget_seconds=math.inf if with_gpu else 0,
+        )
         if with_gpu and ON_ZEROGPU:
             frames = round(analysis.info.duration_seconds * analysis.fps) - start
             plan = replace(plan, budget_seconds=gpu_budget_seconds(frames, seconds_per_frame))
@@ -612,6 +668,7 @@ def stream_calls(analysis: Analysis, join_seconds: float) -> Generator[StreamUpd
         updates = stream(analysis.info.path, analysis.conf_threshold, analysis.options, plan=plan)
         with contextlib.closing(updates):
             for update in updates:
+                # On ZeroGPU, the worker could only add to its copy.
                 analysis.cached.update((frame.source_index, frame.detections) for frame in update.frames)
                 yield update
         if update and update.is_end:
@@ -639,6 +696,140 @@ def user_facing_error(error: Exception) -> gr.Error:
     if isinstance(error, (OSError, subprocess.CalledProcessError)):
         return gr.Error("The server could not store the result. Its disk may be full.", title="Disk full")
     return gr.Error("Something went wrong on the server; its log has the details.", title="Error")
+
+
+# ------------------------------------------------------------------------------------------------------ strangers
+
+# What Gradio 6.31 leaves open to strangers, closed: some of it here, the rest by `guard`.
+BLOCKED = [
+    "/gradio_api/process_recording",  # hands any upload to ffmpeg, which would follow a playlist in it
+    "/gradio_api/file=http{link:path}",  # fetches any page for anybody
+    "/gradio_api/file/http{link:path}",
+    "/gradio_api/stream/{session}/{run}/{component}/playlist-file",  # joins a whole stream into a file that stays
+]
+ROUTES = [Route(path, lambda _: PlainTextResponse("Not found", 404), methods=["GET", "POST"]) for path in BLOCKED]
+
+
+async def refuse_link(_url: str, cache_dir: str) -> str:
+    raise gr.Error("Links are not accepted. Please upload the file.", title="No links", print_exception=False)
+
+
+# Any input may be a link, even a slider's. Gradio would download it before the queue, into memory, without a limit.
+processing_utils.async_ssrf_protected_download = refuse_link
+
+UNREAD_SECONDS = 60
+
+_send_message = queueing.Queue.send_message
+
+
+def send_while_somebody_reads(queue: queueing.Queue, event: queueing.Event, message: object) -> None:
+    """Ends all runs of a session that has not read its oldest message for `UNREAD_SECONDS`.
+
+    Gradio only notices a client that breaks off reading, not one that never begins or that stays connected.
+    """
+    session = event.session_hash
+    _send_message(queue, event, message)
+    messages = queue.pending_messages_per_session.get(session)
+    oldest = messages._queue[0] if messages and messages.qsize() else None
+    if oldest is None:
+        return
+    if getattr(messages, "oldest", None) is not oldest:
+        messages.oldest, messages.oldest_since = oldest, time.monotonic()
+    elif time.monotonic() - messages.oldest_since > UNREAD_SECONDS:
+        for other in [event for job in queue.active_jobs for event in job or ()]:
+            if other.session_hash == session:
+                other.alive = False
+        queue.pending_messages_per_session.pop(session, None)
+        queue.pending_event_ids_session.pop(session, None)
+
+
+queueing.Queue.send_message = send_while_somebody_reads
+
+
+class Segment(dict):
+    """A segment of a stream whose "data" is read from the "file" when it is served."""
+
+    def __missing__(self, key: str) -> bytes:
+        return Path(self["file"]).read_bytes()
+
+
+class StreamOnDisk(MediaStream):
+    """Gradio keeps all segments in memory: 2.2 GB for an hour at 5 Mbit/s."""
+
+    def __init__(self, desired_output_format: str | None = None):
+        super().__init__(desired_output_format)
+        os.makedirs(get_upload_folder(), exist_ok=True)
+        self.folder = tempfile.mkdtemp(prefix="stream-", dir=get_upload_folder())
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+
+    async def add_segment(self, data: dict | None) -> None:
+        await super().add_segment(data)
+        if data:
+            segment = Segment(self.segments[-1], file=f"{self.folder}/{len(self.segments)}")
+            Path(segment["file"]).write_bytes(segment.pop("data"))
+            self.segments[-1] = segment
+
+
+blocks.MediaStream = StreamOnDisk
+
+
+class StreamsOfSession(dict):
+    """The streams of a session, by run: a new one replaces those before, of which Gradio would keep all."""
+
+    def setdefault(self, run: str, streams: dict) -> dict:
+        if run not in self:
+            self.clear()
+        return super().setdefault(run, streams)
+
+
+class Streams(dict):
+    """The streams of all sessions.
+
+    Gradio frees those of a session at the end of its heartbeat, and those of a program that has none never. Here, they
+    go when they have ended and another session begins to stream.
+    """
+
+    def __init__(self, heartbeats: Counter[str]):
+        super().__init__()
+        self._heartbeats = heartbeats
+
+    def __missing__(self, session: str) -> StreamsOfSession:
+        for other, runs in list(self.items()):
+            has_ended = all(stream.ended for streams in runs.values() for stream in streams.values())
+            if has_ended and not self._heartbeats[other]:
+                del self[other]
+        self[session] = StreamsOfSession()
+        return self[session]
+
+
+class HeartbeatCounter:
+    """Middleware that counts the connections to `/heartbeat` by session."""
+
+    def __init__(self, app: ASGIApp, heartbeats: Counter[str]):
+        self._app, self._heartbeats = app, heartbeats
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        _, is_heartbeat, session = scope.get("path", "").partition("/gradio_api/heartbeat/")
+        if not is_heartbeat:
+            return await self._app(scope, receive, send)
+        self._heartbeats[session] += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._heartbeats.subtract([session])
+            self._heartbeats += Counter()  # without those at 0
+
+
+# Gradio keeps the last output of each component in each of 10,000 sessions, such as a program's JSON, only for links
+# to a page with its values, which nothing here makes. `state_session_capacity` limits the sessions.
+SessionState._update_value_in_config = lambda *_: None
+
+
+def guard(demo: gr.Blocks) -> dict[str, object]:
+    """Installs the guards that belong to one app. Returns arguments of FastAPI for `launch(app_kwargs=…)`."""
+    heartbeats: Counter[str] = Counter()
+    demo.pending_streams = Streams(heartbeats)
+    return {"routes": ROUTES, "middleware": [Middleware(HeartbeatCounter, heartbeats=heartbeats)]}
 
 
 # ----------------------------------------------------------------------------------------------------------- page
@@ -698,7 +889,7 @@ def show_run(run: Run, video: str, settings: Sequence, join_seconds: float = 0) 
             time.sleep(HEARTBEAT_SECONDS)
         yield {status: "Reading the video…"}
         conf_threshold, *options = settings
-        analysis, failure = Analysis(video, conf_threshold, Options(*options)), None
+        analysis, failure = Analysis(video, conf_threshold, Options(*options), resumes=join_seconds > 0), None
         with contextlib.closing(analysis.stream(join_seconds)) as updates:
             try:
                 while not (run.is_stopped or analysis.is_end):
@@ -732,8 +923,15 @@ def stop(request: gr.Request) -> None:
     RUNS.stop(request.session_hash)
 
 
+def allow_another_run(was_running: bool) -> dict:
+    """After a failure. Where Gradio failed, for example at the conversion of a chunk, the run could not say so."""
+    line = "The server could not prepare the stream. Press “Run again” to resume."
+    return {status: line if was_running else gr.skip(), **buttons(running=False)}
+
+
 def buttons(running: bool) -> dict:
-    return {start_button: gr.update(interactive=not running), stop_button: gr.update(interactive=running)}
+    can_start, can_stop = gr.update(interactive=not running), gr.update(interactive=running)
+    return {start_button: can_start, stop_button: can_stop, is_running: running}
 
 
 def describe(analysis: Analysis, ended: str = "") -> str:
@@ -768,22 +966,16 @@ def progress_bar(analysis: Analysis) -> str:
     picture = ""
     is_slow = analysis.elapsed_seconds > PICTURE_AFTER_SECONDS
     if 0 in analysis.cached and is_slow and len(analysis.chunks) < 2:
-        jpeg = base64.b64encode(first_frame_jpeg(analysis)).decode()
+        jpeg = base64.b64encode(analysis.first_frame_jpeg).decode()
         picture = f'<img alt="First frame" style="height: {PLAYER_HEIGHT}" src="data:image/jpeg;base64,{jpeg}">'
     bar = f'<progress value="{analysis.seconds:.1f}" max="{analysis.info.duration_seconds:.1f}"></progress>'
     return f'{picture}{bar}<span class="hint">{"" if analysis.is_end else "Waiting for more…"}</span>'
 
 
-@lru_cache(maxsize=CONCURRENT_RUNS)
-def first_frame_jpeg(analysis: Analysis) -> bytes:
-    return cv2.imencode(".jpg", analysis.first_frame())[1].tobytes()
-
-
 def show_results(analysis: Analysis) -> Iterator[dict]:
     """The table and the plot."""
-    counted = analysis.results.counted_detections()
-    rows = analysis.results.objects_per_class(counted)
-    counts = analysis.results.counts_over_time(counted, analysis.seconds - 1 / float(analysis.fps))
+    rows = analysis.results.objects_per_class()
+    counts = analysis.results.counts_over_time(analysis.seconds - 1 / float(analysis.fps))
     yield {
         table: rows,
         plot: gr.update(
@@ -861,7 +1053,7 @@ STREET_VIDEO = "https://github.com/intel-iot-devkit/sample-videos/raw/master/per
 ASSETS = Path(__file__).parent / "assets"
 
 
-with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 86400)) as demo:
+with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECONDS // 6, KEPT_SECONDS)) as demo:
     intro = "Upload a video and watch RT-DETR find the objects in it."
     gr.Markdown(f"# Streaming video object detection\n{intro} <small>Model: {DETECTOR.name}</small>")
     if MODEL_NOTE:
@@ -915,15 +1107,22 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 864
                 )  # fmt: skip
 
     settings = [source, threshold, classes, resolution, analysed, tracks]
-    shown = [player, status, table, plot, files, progress, start_button, stop_button]
+    is_running = gr.State(False)
+    shown = [player, status, table, plot, files, progress, start_button, stop_button, is_running]
     # A new run replaces the one before, and runs have a queue of their own.
     run = {"outputs": shown, "trigger_mode": "multiple", "concurrency_limit": None, "show_progress": "hidden"}
     new_source = [source.change, start_button.click]
     api = {"api_name": "stream_object_detection", "api_visibility": "undocumented"}  # a stream is of no use to programs
-    gr.on(new_source, start, settings, js="startOver", **api, **run)
+    started = gr.on(new_source, start, settings, js="startOver", **api, **run)
     changes = [setting.change for setting in settings[1:]]
     playhead = gr.Number(0, visible=False)
-    gr.on(changes, redraw, [*settings, playhead], js="resume", api_visibility="private", **run)
+    redrawn = gr.on(changes, redraw, [*settings, playhead], js="resume", api_visibility="private", **run)
+    for event in (started, redrawn):
+        event.failure(
+            allow_another_run, is_running, [status, start_button, stop_button, is_running],
+            queue=False, show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
+    demo.unload(stop)  # with this, Gradio 6.31 notices the end of a session, and frees what belongs to it
     stop_button.click(stop, queue=False, show_progress="hidden", api_visibility="private")
     # Programs have the page's settings, with the same defaults. `detect_video` checks them, not Gradio.
     uploaded = gr.Video(label="Video", visible=False)
@@ -941,13 +1140,12 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(3600, 864
 
 if __name__ == "__main__":
     prefer_bundled_ffmpeg()
-    # Gradio's screen recorder hands any upload to ffmpeg, which would follow a playlist in it.
-    blocked = Route("/gradio_api/process_recording", lambda _: PlainTextResponse("Not found", 404), methods=["POST"])
     demo.launch(
         css_paths=ASSETS / "page.css",
         head=f"<script>{(ASSETS / 'page.js').read_text(encoding='utf-8')}</script>",
         max_file_size=MAX_UPLOAD,
         mcp_server=find_spec("mcp") is not None,  # with `gradio[mcp]`, `detect_video` is a tool for assistants
-        app_kwargs={"routes": [blocked]},
+        state_session_capacity=2 * MAX_RUNS,
+        app_kwargs=guard(demo),
         max_threads=40 + MAX_RUNS,
     )

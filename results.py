@@ -6,7 +6,9 @@ in a frame does not.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ from tracking import Detections
 from video import VideoInfo
 
 COUNTED_SECONDS = 1.0  # how long an object must be seen to count
-MAX_SIGHTING_SECONDS = 0.5  # between two sightings, at most this counts as seen
+MAX_SIGHTING_MS = 500  # between two sightings, at most this counts as seen
 PLOT_POINTS = 200  # of the counts over time, at most
 
 BOX_COLUMNS = ["x1", "y1", "x2", "y2"]
@@ -36,8 +38,30 @@ class FrameDetections(NamedTuple):
     drawn: Detections  # those above the threshold and in the chosen classes, with the numbers of their objects
 
 
+@dataclass
+class SeenObject:
+    """What is known of an object. Times are in milliseconds, so that their sums are exact."""
+
+    first_ms: int
+    last_ms: int
+    seen_ms: int = 0
+    counts: bool = False  # it was seen for long enough
+    frames: list[tuple[int, int]] = field(default_factory=list)  # index and time, until it counts
+
+
+@dataclass
+class SeenClass:
+    """The objects of a class that count."""
+
+    first_ms: int
+    last_ms: int = 0
+    objects: int = 0
+    at_once: Counter[int] = field(default_factory=Counter)  # by frame
+    most_at_once: dict[int, int] = field(default_factory=dict)  # by the second of a point in the plot
+
+
 class Results:
-    """The drawn detections of a run so far.
+    """The drawn detections of a run so far. To add some costs the same time, however many there are.
 
     Args:
         info: The video.
@@ -49,6 +73,11 @@ class Results:
         self.source_size: tuple[int | None, int | None] = (None, None)  # width and height in pixels, upright
         # A float32 (N, 9) array per frame, by source index: `COLUMNS`, with the class's id as its label.
         self._rows: dict[int, np.ndarray] = {}
+        self._seconds_per_point = max(1, math.ceil(info.duration_seconds / PLOT_POINTS))
+        # A short video can have objects, too.
+        self._enough_ms = 1000 * min(COUNTED_SECONDS, info.duration_seconds / 2)
+        self._objects: dict[tuple[int, int], SeenObject] = {}  # by class and number
+        self._classes: dict[str, SeenClass] = {}
 
     @property
     def frame_count(self) -> int:
@@ -65,46 +94,68 @@ class Results:
             self.source_size = frame.source_size
             drawn = frame.drawn
             time_and_frame = np.broadcast_to((frame.pts_seconds, frame.source_index), (len(drawn), 2))
-            boxes = np.clip(drawn.xyxy, 0, 1) * (frame.source_size * 2)
+            width, height = frame.source_size
+            boxes = np.clip(drawn.xyxy, 0, 1) * (width, height, width, height)
             columns = (time_and_frame, drawn.class_id, drawn.tracker_id, drawn.confidence, boxes)
+            is_there = frame.source_index in self._rows
             self._rows[frame.source_index] = np.column_stack(columns).astype(np.float32)
+            if is_there:
+                self._objects.clear()
+                self._classes.clear()
+            for rows in self._rows.values() if is_there else [self._rows[frame.source_index]]:
+                self._count(rows)
+
+    def _count(self, rows: np.ndarray) -> None:
+        """Adds the objects of a frame to those that were seen before."""
+        for seconds, frame, class_id, number in rows[:, :4].tolist():
+            if number:
+                ms = round(1000 * seconds)
+                seen = self._objects.setdefault((int(class_id), int(number)), SeenObject(ms, ms))
+                seen.seen_ms += min(ms - seen.last_ms, MAX_SIGHTING_MS)
+                seen.last_ms = ms
+                seen.frames.append((int(frame), ms))
+                if seen.seen_ms >= self._enough_ms:
+                    self._add_to_class(self._id2label[int(class_id)], seen)
+
+    def _add_to_class(self, label: str, seen: SeenObject) -> None:
+        """Counts an object on the frames on which it has not been counted."""
+        group = self._classes.setdefault(label, SeenClass(seen.first_ms))
+        group.objects += not seen.counts
+        seen.counts = True
+        group.first_ms, group.last_ms = min(group.first_ms, seen.first_ms), max(group.last_ms, seen.last_ms)
+        for frame, ms in seen.frames:
+            group.at_once[frame] += 1
+            second = ms // 1000 // self._seconds_per_point * self._seconds_per_point
+            group.most_at_once[second] = max(group.most_at_once.get(second, 0), group.at_once[frame])
+        seen.frames.clear()
 
     def detections(self) -> pd.DataFrame:
         """A row per detection, with the columns of the CSV file; boxes in pixels of the source."""
         table = pd.DataFrame(np.concatenate([np.zeros((0, len(COLUMNS))), *self._rows.values()]), columns=COLUMNS)
         table = table.astype({"frame": int, "track": "Int64"}).replace({"track": {0: pd.NA}})
+        table["time_seconds"] = self.info.pts_seconds[table["frame"]]  # float32 is too coarse after some hours
         table["label"] = table["label"].map(self._id2label).astype(object)
         return table.round({"time_seconds": 3, "score": 4} | dict.fromkeys(BOX_COLUMNS, 1))
 
-    def counted_detections(self) -> pd.DataFrame:
-        """The detections of objects that count, and as `at_once` how many of their class are on the same frame."""
-        numbered = self.detections().dropna(subset="track")
-        objects = [numbered["label"], numbered["track"]]
-        seconds = numbered.groupby(objects)["time_seconds"].diff().clip(upper=MAX_SIGHTING_SECONDS)
-        enough = min(COUNTED_SECONDS, self.info.duration_seconds / 2)  # a short video can have objects
-        counted = numbered[seconds.groupby(objects).transform("sum") >= enough]
-        return counted.assign(at_once=counted.groupby(["frame", "label"])["track"].transform("size"))
-
-    def objects_per_class(self, counted: pd.DataFrame) -> pd.DataFrame:
-        """A row per class of `counted_detections`, with `TABLE_HEADERS`; the most frequent class comes first."""
-        classes = counted.groupby("label")
-        seconds = classes["time_seconds"]
-        columns = [classes["track"].nunique(), classes["at_once"].max(), seconds.min(), seconds.max()]
-        table = pd.concat(columns, axis=1).round(1).reset_index().set_axis(TABLE_HEADERS, axis=1)
+    def objects_per_class(self) -> pd.DataFrame:
+        """A row per class with objects that count, with `TABLE_HEADERS`; the most frequent class comes first."""
+        rows = [
+            (label, seen.objects, max(seen.most_at_once.values()), seen.first_ms / 1000, seen.last_ms / 1000)
+            for label, seen in self._classes.items()
+        ]
+        table = pd.DataFrame(rows, columns=TABLE_HEADERS).round(1)
         return table.sort_values(["Objects", "Class"], ascending=[False, True])
 
-    def counts_over_time(self, counted: pd.DataFrame, end_seconds: float) -> pd.DataFrame:
+    def counts_over_time(self, end_seconds: float) -> pd.DataFrame:
         """The most objects of each class at once, per second or longer: columns `second`, `class` and `count`.
 
         Args:
-            counted: As `counted_detections` returns it.
             end_seconds: Time of the last frame that was analysed.
         """
-        seconds_per_point = max(1, math.ceil(self.info.duration_seconds / PLOT_POINTS))
-        counted = counted.assign(second=counted["time_seconds"] // seconds_per_point * seconds_per_point)
-        points = range(0, int(end_seconds) + 1, seconds_per_point)
-        counts = counted.pivot_table("at_once", "second", "label", "max").reindex(points).fillna(0).astype(int)
-        return counts.rename_axis("second").reset_index().melt("second", var_name="class", value_name="count")
+        points = range(0, int(end_seconds) + 1, self._seconds_per_point)
+        classes = sorted(self._classes.items())
+        rows = [(second, label, seen.most_at_once.get(second, 0)) for label, seen in classes for second in points]
+        return pd.DataFrame(rows, columns=["second", "class", "count"])
 
     def save(self, base: str, settings: Mapping[str, object]) -> list[str]:
         """Writes the detections as CSV and JSON, which README.md describes. Returns the paths.

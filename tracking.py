@@ -9,7 +9,7 @@ import itertools
 import math
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import cv2
@@ -22,12 +22,14 @@ from scipy.optimize import linear_sum_assignment
 # 2 of 10 were missed.
 CUT_CHANGE, CUT_FACTOR = 25, 1.5
 
-# Tuned on 144 rendered scenes with known objects; tests/README.md has the figures.
-LOST_SECONDS = 1.2  # how long an object keeps its number while out of sight
-NEW_SECONDS = 0.25  # how long a new object waits for its number
+# Chosen on rendered scenes, on simulated people and on a public sequence of real ones; tests/README.md has the figures.
+LOST_SECONDS = 1.5  # how long an object keeps its number while out of sight
+NEW_SECONDS = 0.25  # how long a new object must be seen for its number
+NEW_WEIGHT = 0.25  # of a match with an object that has no number yet: those that have one come first
 SMOOTHING_SECONDS = 0.16  # time constant of the boxes that the tracker predicts from
-NEW_TRACK_COST = 1  # for an object without a number: those that have one come first
-MAX_COST = 2.5  # upper limit for two detections to match; 2.0 to 3.5 change interpolated frames by less than 1 %
+NEAR = 0.4  # box sizes: at this distance, two boxes are 1/e as alike as in the same place
+MIN_LIKENESS = 0.005  # for two boxes to match: at most 2.1 box sizes apart
+SHIFT_PROPOSERS, SHIFT_VOTERS = 3, 12  # objects that tell how the camera has moved; more take longer
 TRAIL_SECONDS = 1.5
 
 
@@ -77,29 +79,14 @@ class CutFinder:
         return is_cut
 
 
-@dataclass
-class Track:
-    """An object's box in an alpha-beta filter, which expects a constant velocity and size inside the frame."""
-
-    box: np.ndarray  # float64 (4,), xyxy: smoothed, or predicted
-    class_id: int
-    velocity: np.ndarray = field(default_factory=lambda: np.zeros(2))  # of the centre, per frame, relative to the frame
-    number: int = 0  # 0 until the object has been seen for `NEW_SECONDS`
-    frames_seen: int = 1
-    frames_missed: int = 0  # since then
-
-    def predict(self) -> None:
-        """Moves to where the object is expected on the next frame."""
-        self.frames_missed += 1
-        centre = (self.box[:2] + self.box[2:]) / 2
-        self.box += np.tile((centre + self.velocity).clip(0, 1) - centre, 2)  # an object may leave and return
-
-    def update(self, box: np.ndarray, alpha: float) -> None:
-        """Corrects the prediction: by the share `alpha` of its error for the box, and by less for the velocity."""
-        self.frames_seen, self.frames_missed = self.frames_seen + 1, 0
-        errors = box - self.box
-        self.box += alpha * errors
-        self.velocity += alpha**2 / (2 - alpha) * (errors[:2] + errors[2:]) / 2  # Benedict and Bordner, 1962
+# An object that is followed, or that may become one. The box follows it in an alpha-beta filter, which expects a
+# constant velocity (of the centre, relative to the frame, per frame) and size.
+TRACK = np.dtype([
+    ("xyxy", float, 4), ("velocity", float, 2), ("class_id", int),
+    ("id", int),  # of this track, unique in the video
+    ("number", int),  # of the object in its class; 0 until it has been seen for `NEW_SECONDS`
+    ("frames_seen", int), ("frames_missed", int),  # the latter since it was last seen
+])  # fmt: skip
 
 
 class ObjectTracker:
@@ -115,7 +102,8 @@ class ObjectTracker:
         self._frames_to_confirm = max(2, round(NEW_SECONDS * fps))
         self._frames_to_keep = round(LOST_SECONDS * fps)
         self._alpha = 1 - math.exp(-1 / (SMOOTHING_SECONDS * fps))
-        self._tracks: list[Track] = []
+        self._beta = self._alpha**2 / (2 - self._alpha)  # Benedict and Bordner, 1962
+        self._tracks, self._next_id = np.zeros(0, TRACK), 0
         self._count: Counter[int] = Counter()  # objects of each class
         self._recent: deque[Detections] = deque(maxlen=max(1, round(TRAIL_SECONDS * fps)))  # those with numbers
 
@@ -125,34 +113,54 @@ class ObjectTracker:
         A new number also holds for the object's earlier detections in these frames. `cuts` tells for each frame whether
         a shot begins with it.
         """
-        tracks = [self._track(*frame) for frame in zip(frames, cuts, strict=True)]
-        numbers = [np.array([track.number for track in found], int) for found in tracks]
-        return [replace(found, tracker_id=ids) for found, ids in zip(frames, numbers, strict=True)]
+        ids, numbers = [], {}
+        for detections, is_cut in zip(frames, cuts, strict=True):
+            if is_cut:
+                self._tracks = self._tracks[:0]
+            ids.append(self._track(detections))
+            numbers.update(self._tracks[["id", "number"]].tolist())
+        numbered = [np.array([numbers[track] for track in found], int) for found in ids]
+        return [replace(found, tracker_id=number) for found, number in zip(frames, numbered, strict=True)]
 
-    def _track(self, detections: Detections, is_cut: bool) -> list[Track]:
+    def _track(self, detections: Detections) -> list[int]:
         """The track of each detection."""
-        tracks = [] if is_cut else self._tracks
-        for track in tracks:
-            track.predict()
-        boxes = np.array([track.box for track in tracks]).reshape(-1, 4)
-        classes = np.array([track.class_id for track in tracks], int)
-        predicted = Detections(boxes, np.ones(len(tracks)), classes)
-        is_new = np.array([track.number == 0 for track in tracks], bool)
-        rows, columns = match(predicted, detections, NEW_TRACK_COST * is_new[:, None])
-        found = list(map(Track, detections.xyxy.astype(float), detections.class_id.tolist()))
-        for row, column in zip(rows, columns, strict=True):
-            track = found[column] = tracks[row]
-            track.update(detections.xyxy[column], self._alpha)
-            if track.frames_seen == self._frames_to_confirm:
-                self._count[track.class_id] += 1
-                track.number = self._count[track.class_id]
-        lost = [track for track in tracks if track.number and 0 < track.frames_missed <= self._frames_to_keep]
-        self._tracks = found + lost
-        return found
+        tracks = self._tracks
+        tracks["frames_missed"] += 1
+        tracks["xyxy"] += np.tile(tracks["velocity"], 2)
+        tracks["xyxy"] += np.tile(camera_shift(tracks, detections), 2)
+        rows, columns = match(expected(tracks), detections)
+        is_new = np.ones(len(detections), bool)
+        is_new[columns] = False
+        new = np.zeros(is_new.sum(), TRACK)
+        new["xyxy"], new["class_id"] = detections.xyxy[is_new], detections.class_id[is_new]
+        new["id"], new["frames_seen"] = self._next_id + np.arange(len(new)), 1
+        self._next_id += len(new)
+        ids = np.empty(len(detections), int)
+        ids[columns], ids[is_new] = tracks["id"][rows], new["id"]
 
-    def trails(self, detections: Detections) -> list[np.ndarray]:
+        tracks[rows] = self._updated(tracks[rows], detections.xyxy[columns])
+        for row in rows[(tracks["number"][rows] == 0) & (tracks["frames_seen"][rows] >= self._frames_to_confirm)]:
+            self._count[tracks["class_id"][row].item()] += 1
+            tracks["number"][row] = self._count[tracks["class_id"][row].item()]
+        frames_to_keep = np.where(tracks["number"] > 0, self._frames_to_keep, tracks["frames_seen"] - 1)
+        self._tracks = np.concatenate((tracks[tracks["frames_missed"] <= frames_to_keep], new))
+        return ids.tolist()
+
+    def _updated(self, tracks: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+        """Corrects the predictions by shares of their errors: those of a straight line through all boxes so far, but
+        not less than the filter's constant ones."""
+        n = tracks["frames_seen"] = tracks["frames_seen"] + 1
+        alpha = np.maximum(self._alpha, 2 * (2 * n - 1) / (n * (n + 1)))
+        beta = np.maximum(self._beta, 6 / (n * (n + 1))) / tracks["frames_missed"]
+        errors = boxes - tracks["xyxy"]
+        tracks["xyxy"] += alpha[:, None] * errors
+        tracks["velocity"] += beta[:, None] * (errors[:, :2] + errors[:, 2:]) / 2
+        tracks["frames_missed"] = 0
+        return tracks
+
+    def next_trails(self, detections: Detections) -> list[np.ndarray]:
         """For each detection on the next frame, its object's centres on the frames before: (K, 2), oldest first,
-        relative to the frame, from the last `TRAIL_SECONDS`."""
+        relative to the frame, from the last `TRAIL_SECONDS`. To be called once per frame, in order."""
         recent = Detections.merge(self._recent)
         self._recent.append(detections[detections.tracker_id > 0])
         centres = (recent.xyxy[:, :2] + recent.xyxy[:, 2:]) / 2
@@ -160,21 +168,64 @@ class ObjectTracker:
         return [centres[(recent.class_id == label) & (recent.tracker_id == number)] for label, number in objects]
 
 
-def match(some: Detections, others: Detections, penalties: np.ndarray | int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The pairs of N and M detections with the least total cost, each below `MAX_COST`: their indices.
+def expected(tracks: np.ndarray) -> Detections:
+    """What the tracks lead one to expect. Those without a number count less."""
+    return Detections(tracks["xyxy"], np.where(tracks["number"] > 0, 1, NEW_WEIGHT), tracks["class_id"])
 
-    A pair costs its centre distance in box sizes, plus the absolute log ratios of widths and heights, plus its penalty,
-    (N, M) or (N, 1). Classes do not match.
+
+def camera_shift(tracks: np.ndarray, detections: Detections) -> np.ndarray:
+    """How far the picture has moved beyond the tracks' predictions: (2,), relative to the frame.
+
+    Of the objects that have been seen for longest, a few propose the shifts that would bring them onto a box. The best
+    one counts if it makes the objects twice as like their nearest boxes. A mistaken one swaps numbers, and a small one
+    is not needed.
+    """
+    still = np.zeros((1, 2))
+    tracks = tracks[tracks["frames_missed"] == 1]  # those that were seen on the frame before
+    seen = expected(tracks[np.argsort(-tracks["frames_seen"], kind="stable")[:SHIFT_VOTERS]])
+    if min(len(seen), len(detections)) < 3:
+        return still[0]
+    needed = 2 * likeness(seen, detections).max(axis=1).mean()
+    if needed > 1:  # saves time
+        return still[0]
+    offsets = _centres(detections) - _centres(seen)[:, None]
+    fits = likeness(seen, detections, offsets) > math.exp(-1)  # in class and size: each is moved onto each
+    shifts = np.concatenate((still, offsets[:SHIFT_PROPOSERS][fits[:SHIFT_PROPOSERS]]))
+    alike = likeness(seen, detections, shifts[:, None, None])
+    best = alike.max(axis=2).mean(axis=1).argmax()
+    nearest, votes = alike[best].argmax(axis=1), alike[best].max(axis=1)
+    agree = votes > 0.1
+    if votes.mean() < needed or agree.sum() < 3:
+        return still[0]
+    return np.median(offsets[np.arange(len(seen)), nearest][agree], axis=0)
+
+
+def match(some: Detections, others: Detections) -> tuple[np.ndarray, np.ndarray]:
+    """The pairs of N and M detections that are most alike in total, the confident ones first: their indices."""
+    alike = likeness(some, others) * some.confidence[:, None]
+    alike[alike < MIN_LIKENESS] = 0
+    alike *= others.confidence
+    rows, columns = linear_sum_assignment(alike, maximize=True)
+    is_pair = alike[rows, columns] > 0
+    return rows[is_pair], columns[is_pair]
+
+
+def likeness(some: Detections, others: Detections, shifts: np.ndarray | int = 0) -> np.ndarray:
+    """How alike N and M boxes are, after each of K shifts (K, 1, 1, 2) of the first ones: (N, M) or (K, N, M).
+
+    1 is equal. It falls by a factor of e for each `NEAR` of distance in box sizes, and as the ratio of the widths and
+    that of the heights; unlike the sum of such distances, their likeness does not give up a good pair for two bad ones.
+    Other classes are not alike.
     """
     sizes, other_sizes = (np.maximum(found.xyxy[:, 2:] - found.xyxy[:, :2], 1e-6) for found in (some, others))
-    centres, other_centres = ((found.xyxy[:, :2] + found.xyxy[:, 2:]) / 2 for found in (some, others))
-    offsets = centres[:, None] - other_centres
-    distances = np.linalg.norm(offsets / ((sizes[:, None] + other_sizes) / 2), axis=2)
-    growth = np.abs(np.log(sizes[:, None] / other_sizes)).sum(axis=2)
-    costs = np.where(some.class_id[:, None] == others.class_id, distances + growth, np.inf) + penalties
-    rows, columns = linear_sum_assignment(np.minimum(costs, 2 * MAX_COST))
-    is_pair = costs[rows, columns] < MAX_COST
-    return rows[is_pair], columns[is_pair]
+    offsets = _centres(others) - _centres(some)[:, None]
+    distances = np.linalg.norm((offsets - shifts) / ((sizes[:, None] + other_sizes) / 2), axis=-1)
+    growth = np.abs(np.log(sizes[:, None] / other_sizes)).sum(axis=-1)
+    return np.exp(-distances / NEAR - growth) * (some.class_id[:, None] == others.class_id)
+
+
+def _centres(detections: Detections) -> np.ndarray:
+    return (detections.xyxy[:, :2] + detections.xyxy[:, 2:]) / 2
 
 
 # ------------------------------------------------------------------------------------------------- skipped frames

@@ -244,7 +244,9 @@ class ClockRepair:
         if tick is None:
             return
         if self._is_live and packet.pts is not None and abs(packet.pts - tick) * unit > MAX_LIVE_GAP_SECONDS:
-            packet.pts = tick + packet.duration  # FFmpeg gives a recording's last frame the time of the next recording
+            packet.pts = tick + (
+                packet.duration or 0
+            )  # FFmpeg gives a recording's last frame the time of the next recording
         seconds = float(tick * unit)
         part, last, end = self._tracks.get(track, (0, seconds, None))
         is_ahead = self._is_live and seconds > self._latest[part] + MAX_LIVE_GAP_SECONDS
@@ -413,10 +415,10 @@ def _finish(image: np.ndarray, size: Sequence[int], video: VideoInfo) -> np.ndar
 
 @lru_cache
 def _hdr_tables(transfer: int) -> tuple[np.ndarray, np.ndarray]:
-    """The light of 16-bit HDR values, float32 from 0 to 1 for an ordinary screen, and 12-bit light as 8-bit sRGB.
+    """Two tables: the light, float32 from 0 to 1, of a 16-bit HDR value, and the 8-bit value of 16-bit light.
 
-    The formulas are BT.2100's. Light up to a tenth of white stays as it is; the brighter, the more it is compressed,
-    so that the sky and lamps keep their detail: Reinhard's curve, with the brightest light as white.
+    The formulas are BT.2100's. Light up to half of paper white stays as it is. What is brighter is compressed, so that
+    skies and lamps keep their detail: Reinhard's curve, which makes the brightest light white.
     """
     value = np.linspace(0, 1, 2**16)
     if transfer == PQ:
@@ -460,8 +462,8 @@ def _opencv_frames(video: VideoInfo, _start: int, is_wanted: np.ndarray) -> Iter
         number = _number_at(video, seconds - zero)
         if is_wanted[number]:
             _, spare = capture.retrieve(spare)  # into the same memory
-            rows = slice(None, None, max(1, len(spare) // 16))
-            if image is not None and np.array_equal(image[rows], spare[rows]):
+            some = slice(None, None, max(1, len(spare) // 16))  # rows are enough, and fast
+            if image is not None and np.array_equal(image[some], spare[some]):
                 return  # of a frame that is flagged as interlaced, OpenCV 5.0 returns the picture before
             image, spare = spare, image
         yield number, image if is_wanted[number] else None
@@ -472,13 +474,21 @@ def _pyav_frames(video: VideoInfo, start: int, is_wanted: np.ndarray) -> Iterato
     convert = VideoReformatter().reformat
     pixels = {"format": "bgr48le" if video.transfer in (PQ, HLG) else "bgr24", "src_colorspace": video.matrix}
     for seconds, frame in _deinterlaced(_decode(video, "video", float(video.pts_seconds[start]))):
-        number = _number_at(video, seconds)
-        yield number, convert(frame, **pixels).to_ndarray() if is_wanted[number] else None
+        number, image = _number_at(video, seconds), None
+        if is_wanted[number]:
+            with contextlib.suppress(av.FFmpegError):  # a damaged header may name colours that do not exist
+                image = convert(frame, **pixels).to_ndarray()
+        yield number, image
 
 
 def _number_at(video: VideoInfo, seconds: float) -> int:
     """The number of the frame that is shown at this time."""
     return max(0, int(video.pts_seconds.searchsorted(seconds + 1e-4, "right")) - 1)
+
+
+def _time_of(video: VideoInfo, number: int) -> float:
+    """The time of a frame in seconds."""
+    return float(video.pts_seconds[min(max(0, number), len(video.pts_seconds) - 1)])
 
 
 def _deinterlaced(frames: Iterator[tuple[float, av.VideoFrame]]) -> Iterator[tuple[float, av.VideoFrame]]:
@@ -517,7 +527,7 @@ def _decode(video: VideoInfo, kind: str, start_seconds: float) -> Iterator[tuple
         for frame in itertools.chain.from_iterable(map(_decode_packet, packets)):
             time = None if frame.time is None else frame.time - video.start_seconds
             if kind == "video" and video.is_counted and frame.dts is not None:
-                time = video.pts_seconds[max(0, frame.dts - video.delay)]  # a decoder returns the one whose turn it is
+                time = _time_of(video, frame.dts - video.delay)  # a decoder returns the frame whose turn it is
             if not has_begun and (time is None or time > start_seconds + 1e-3):
                 break  # the seek went too far, or to an unknown place
             has_begun = True
@@ -549,7 +559,7 @@ def _packets(
         seconds = -math.inf
         if is_counted and packet.size and not packet.is_discard:
             packet.pts, packet.dts = None, next(numbers)
-            seconds = video.pts_seconds[packet.dts]
+            seconds = _time_of(video, packet.dts)
         elif packet.pts is not None:
             seconds = float(packet.pts * packet.time_base) - video.start_seconds
         has_begun = has_begun or seconds > start_seconds - 1e-3
@@ -602,7 +612,7 @@ def _audio_blocks(video: VideoInfo, start_seconds: float) -> Iterator[tuple[int,
 class ChunkWriter(contextlib.AbstractContextManager):
     """Writes an mp4 file with H.264 video and, if there is sound, FLAC, in `folder` or the temporary folder.
 
-    Leaving the `with` block finishes the file `path`, or removes it after an error. `size` is width and height in
+    Leaving the `with` block finishes the file `path` or, after an error, removes it. `size` is width and height in
     pixels, even numbers. Gradio then only remuxes the video. A lossless sound codec keeps exactly the given samples, so
     chunks join without a gap; AAC would add its priming samples to each.
     """

@@ -138,7 +138,7 @@ class Side:
             def stream(video: str, folder: str) -> Iterator[str]:
                 """As the page does it: in a thread, one chunk ahead."""
                 if job.keeps_up:
-                    self.step = app.step_to_keep_up(video, os.path.getmtime(video), job.resolution)
+                    self.step = app.step_to_keep_up(video, job.resolution)
                 plan = app.Plan(step=self.step, folder=folder)
                 options = app.Options(resolution=job.resolution)
                 updates = app.stream_object_detection(video, CONF_THRESHOLD, options, plan=plan)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import scenes
 
-import app
 import tracking
 from tracking import Detections
 
@@ -21,6 +20,8 @@ def fill_gap(before: Detections, after: Detections, cuts: list[bool]) -> list[De
 @pytest.fixture(scope="module")
 def videos() -> list[list[Detections]]:
     """The detections on every frame of ordinary scenes."""
+    import app  # loads the model, which the other tests here do without
+
     return [scenes.render_and_detect(app.DETECTOR, "ordinary", seed, FPS, seconds=4)[1] for seed in SEEDS]
 
 

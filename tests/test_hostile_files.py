@@ -253,9 +253,9 @@ def test_an_upload_that_points_elsewhere_is_refused_by_the_server(make, name, en
             client.predict(handle_file(path), 0.5, [], "Half (fast)", "Every frame", True, api_name=endpoint)
 
 
-def call(server: str, endpoint: str, video: object) -> str:
+def call(server: str, endpoint: str, video: object, conf_threshold: object = 0.5) -> str:
     """The server's answer to a program that sends `video` as the video."""
-    body = json.dumps({"data": [video, 0.5, [], "Half (fast)", "Every frame", True, True]}).encode()
+    body = json.dumps({"data": [video, conf_threshold, [], "Half (fast)", "Every frame", True, True]}).encode()
     url = f"{server}/gradio_api/call/{endpoint}"
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=20) as answer:
@@ -281,6 +281,21 @@ def test_a_program_cannot_name_a_file_that_it_has_not_uploaded(endpoint, video, 
     answer = call(server, endpoint, video)
     assert "event: error" in answer
     assert "root:" not in answer and "mp4" not in answer
+
+
+@pytest.mark.parametrize("endpoint", ["stream_object_detection", "detect_video"])
+def test_a_link_is_refused_with_a_sentence_in_any_input(endpoint, server):
+    """Gradio would download it."""
+    link = {"path": "https://example.com/street.mp4", **META}
+    for inputs in ((link,), (None, link)):
+        assert "Links are not accepted. Please upload the file." in call(server, endpoint, *inputs)
+
+
+@pytest.mark.parametrize("route", ["file=", "file/"])
+def test_the_server_fetches_no_other_page_for_anybody(route, server):
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(f"{server}/gradio_api/{route}https://example.com/", timeout=30)
+    assert error.value.code == 404
 
 
 def test_gradios_own_converter_of_screen_recordings_reads_no_other_file(server, secret):

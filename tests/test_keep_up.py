@@ -44,15 +44,15 @@ def test_as_many_frames_are_analysed_as_keep_up_but_two_a_second_at_least(
 ):
     monkeypatch.setattr(app.DETECTOR, "seconds_per_frame", seconds_per_frame)
     path = str(Kind("rate", rate=rate, frames=6, audio=()).make(tmp_path))
-    assert app.step_to_keep_up(path, 0.0, app.HALF) == step
+    assert app.step_to_keep_up(path, app.HALF) == step
     assert step * 2 <= max(2, rate / 2)
 
 
 def test_visitors_share_the_model(video, tmp_path, monkeypatch, slow_device):
     monkeypatch.setattr(app.DETECTOR, "seconds_per_frame", 0.035)
-    assert app.step_to_keep_up(video, 1.0, app.HALF) == 1
+    assert app.step_to_keep_up(video, app.HALF) == 1
     with app.new_run("a"), app.new_run("b"), app.new_run("c"):
-        assert app.step_to_keep_up(video, 2.0, app.HALF) == 3
+        assert app.step_to_keep_up(video, app.HALF) == 3
 
 
 def test_an_analysed_frame_is_known_after_the_end_of_each_chunk(video, slow_device, monkeypatch):
@@ -100,12 +100,23 @@ def test_from_keep_up_to_every_frame_only_the_rest_is_analysed_and_nothing_on_th
     assert sum(passes) == 75
 
 
-def test_a_faster_device_later_does_not_cost_a_pass(video, slow_device, monkeypatch):
-    keep_up(video)
-    monkeypatch.setattr(app.DETECTOR, "seconds_per_frame", 0.1)
+def test_a_run_decides_by_the_load_at_its_start_and_uses_what_is_cached(video, monkeypatch):
+    monkeypatch.setattr(app.DETECTOR, "seconds_per_frame", 0.07)
     passes = count_passes(monkeypatch)
-    keep_up(video)
-    assert not passes
+    with app.new_run("a"), app.new_run("b"), app.new_run("c"):
+        busy = keep_up(video)
+    assert busy.step == 6
+    assert sorted(busy.cached) == [0, *range(10, 150, 12), 148]
+    resumed = run(video, analysed=KEEP_UP, resumes=True)
+    assert resumed.step == 6
+    assert sum(passes) == len(busy.cached), "within the video, what is cached comes at once"
+    alone = keep_up(video)
+    assert alone.step == 2
+    assert sum(passes) == len(alone.cached) == 39
+    with app.new_run("a"), app.new_run("b"), app.new_run("c"):
+        again = keep_up(video)
+    assert sum(passes) == 39
+    assert again.results.frame_count == 39, "a busy run shows all that is cached"
 
 
 @pytest.mark.parametrize("frames", [1, 2, 5, 9])
@@ -130,7 +141,7 @@ def test_every_frame_of_a_variable_rate_is_shown_in_its_time(step, tmp_path):
 def drawn(monkeypatch):
     """A list that gets the objects of each drawn frame."""
     objects, draw = [], app.draw
-    monkeypatch.setattr(app, "draw", lambda image, found, trails: objects.append(found) or draw(image, found, trails))
+    monkeypatch.setattr(app, "draw", lambda image, found, *how: objects.append(found) or draw(image, found, *how))
     return objects
 
 

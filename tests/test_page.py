@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -17,7 +18,7 @@ from benchmark import model_source
 from conftest import open_page, running_app
 from PIL import Image
 from playwright.sync_api import expect
-from videos import Kind, assert_colours, ffmpeg
+from videos import Kind, assert_colours, beep_onsets, ffmpeg
 
 import app
 from draw_boxes import label_color
@@ -620,3 +621,52 @@ def test_while_a_slow_model_makes_the_first_chunk_the_first_frame_is_shown_as_a_
     expect(slow_page.locator("#status")).to_contain_text(
         re.compile(r"Done: 5.0 s of video .* analysing every \dth frame")
     )
+
+
+def sound_of(path):
+    """int16 (samples, channels) at 48 kHz."""
+    resampler = av.AudioResampler(format="s16", layout="mono", rate=48_000)
+    with av.open(str(path)) as container:
+        parts = [part for frame in container.decode(audio=0) for part in resampler.resample(frame)]
+    return np.concatenate([part.to_ndarray()[0] for part in parts])
+
+
+def test_a_last_chunk_of_one_frame_plays_to_its_end_with_its_sound(page, tmp_path):
+    """The beep at second 4 is in it."""
+    segments, stream = [], tmp_path / "stream.ts"
+    page.on("response", lambda response: response.url.endswith(".ts") and segments.append(response))
+    upload(page, Path(__file__).parent / "cases" / "last_chunk_one_frame.mp4")
+    state = wait_for(page, lambda state: state["ended"])
+    assert state["duration"] == pytest.approx(4.07, abs=0.15)
+    stream.write_bytes(b"".join(segment.body() for segment in segments))
+    for path in (stream, download(page).path()):
+        assert beep_onsets(sound_of(path), 48_000) == pytest.approx([0, 1, 2, 3, 4], abs=0.06)
+
+
+# --------------------------------------------------------------------------------------------- failures of Gradio
+
+
+@pytest.fixture
+def ffmpeg_that_fails(tmp_path):
+    """An ffmpeg for the server, and a file: as long as that exists, it fails."""
+    ffmpeg, failing = tmp_path / "ffmpeg-of-the-server", tmp_path / "failing"
+    ffmpeg.write_text(f'#!/bin/sh\ntest -e {failing} && exit 1\nexec {shutil.which("ffmpeg")} "$@"\n')
+    ffmpeg.chmod(0o755)
+    return ffmpeg, failing
+
+
+def test_after_a_failed_conversion_there_is_a_sentence_and_the_video_can_be_run_again(
+    browser, ffmpeg_that_fails, tmp_path
+):
+    ffmpeg, failing = ffmpeg_that_fails
+    video = Kind("again", frames=60).make(tmp_path)
+    with running_app(tmp_path, IMAGEIO_FFMPEG_EXE=str(ffmpeg)) as (url, _), open_page(browser, url) as page:
+        start, stop = page.get_by_role("button", name="Run again"), page.get_by_role("button", name="Stop")
+        failing.touch()
+        upload(page, video)
+        expect(page.locator("#status")).to_have_text(re.compile("could not prepare the stream. Press “Run again”"))
+        expect(start).to_be_enabled()
+        expect(stop).to_be_disabled()
+        failing.unlink()
+        start.click()
+        wait_until_done(page)

@@ -4,8 +4,10 @@ import csv
 import json
 import pickle
 import shutil
+import time
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import gradio as gr
 import numpy as np
@@ -15,6 +17,7 @@ from streams import all_end, analysis_of, count_passes, run, stream
 from videos import Kind, read_chunks
 
 import app
+from results import FrameDetections, Results
 from tracking import Detections
 
 EXAMPLE = app.EXAMPLES / "bouncing-shapes.mp4"
@@ -207,3 +210,55 @@ def test_a_failure_comes_after_everything_that_was_found(video, monkeypatch):
         while True:
             report.add(next(updates))
     assert report.output_frames == 30, "the first chunk"
+
+
+# --------------------------------------------------------------------------------------------- objects, as they come
+
+
+def many_frames(count, numbers, seed=0):
+    """Analysed frames at 12.5 per second, with objects of three classes that flicker and are replaced by others."""
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        seen = [(c, n + index // 40 * numbers) for c in range(3) for n in range(1, numbers + 1) if rng.random() < 0.6]
+        class_id, tracker_id = np.array([*seen, (0, 0)]).T  # and one detection that is no object
+        boxes = Detections(rng.random((len(class_id), 4)), rng.random(len(class_id)), class_id, tracker_id)
+        yield FrameDetections(2 * index, index / 12.5, (640, 360), boxes, boxes)
+
+
+def results_of(frames, seconds):
+    results = Results(SimpleNamespace(duration_seconds=seconds), {0: "star", 1: "circle", 2: "cross"})
+    results.add(frames)
+    return results
+
+
+@pytest.mark.parametrize(("seconds", "seconds_per_point"), [(1.2, 1), (24, 1), (600, 3)])
+def test_objects_and_counts_are_those_of_all_rows_together(seconds, seconds_per_point):
+    frames = list(many_frames(round(min(24, seconds) * 12.5), 3))
+    results = results_of(frames + frames[-1:], seconds)  # two GPU calls may show the same frame
+    rows = results.detections().dropna(subset="track")
+    objects = [rows["label"], rows["track"]]
+    seen = rows.groupby(objects)["time_seconds"].diff().clip(upper=0.5).groupby(objects).transform("sum")
+    rows = rows[seen >= min(1, seconds / 2) - 1e-6]
+    rows["at_once"] = rows.groupby(["frame", "label"])["track"].transform("size")
+    table = results.objects_per_class().set_index("Class")
+    assert len(table) == 3
+    for label, alike in rows.groupby("label"):
+        times = alike["time_seconds"]
+        expected = [alike["track"].nunique(), alike["at_once"].max(), times.min(), times.max()]
+        assert table.loc[label].tolist() == pytest.approx(expected, abs=0.051)
+    counts = results.counts_over_time(23)
+    assert counts["second"].unique().tolist() == list(range(0, 24, seconds_per_point))
+    most = rows.groupby([rows["time_seconds"] // seconds_per_point * seconds_per_point, "label"])["at_once"].max()
+    for _, second, label, count in counts.itertuples():
+        assert count == most.get((second, label), 0)
+
+
+def test_after_two_hours_a_chunk_costs_what_the_first_ones_cost():
+    results, frames, seconds = results_of([], 7200), list(many_frames(90_000, 1)), []
+    for start in range(0, len(frames), 25):
+        began = time.process_time()
+        results.add(frames[start : start + 25])
+        results.objects_per_class()
+        results.counts_over_time(start / 12.5)
+        seconds.append(time.process_time() - began)
+    assert np.median(seconds[-100:]) < 3 * np.median(seconds[:100])

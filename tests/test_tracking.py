@@ -1,5 +1,6 @@
-"""Objects keep their numbers, and as many are counted as there are. Tuned on seeds 100 to 111, tested on others."""
+"""Objects keep their numbers, and as many are counted as there are. Tuned on other seeds than these."""
 
+import dataclasses
 import pickle
 from collections import Counter, defaultdict
 
@@ -9,7 +10,6 @@ import pytest
 import scenes
 import shapes
 
-import app
 import tracking
 from tracking import Detections
 
@@ -21,48 +21,82 @@ BATCH = 16  # frames that are numbered together
 @pytest.fixture(scope="module")
 def videos() -> list[tuple[list[scenes.SceneFrame], list[Detections]]]:
     """The rendered frames, and the detections that are shown on them."""
+    import app  # loads the model, which the other tests here do without
+
     return [scenes.render_and_detect(app.DETECTOR, kind, seed) for kind in scenes.KINDS for seed in SEEDS]
 
 
+def track(frames: list[Detections], fps: float, cuts: list[bool] | None = None) -> list[Detections]:
+    """The detections with their numbers, as the app gets them: batch by batch."""
+    tracker, cuts = tracking.ObjectTracker(fps), cuts or [False] * len(frames)
+    batches = [slice(start, start + BATCH) for start in range(0, len(frames), BATCH)]
+    return [found for batch in batches for found in tracker.update(frames[batch], cuts[batch])]
+
+
 @pytest.fixture(scope="module")
-def sightings(videos) -> list[tuple[Counter, list[tuple[int, int]], Counter]]:
-    """For each video: sightings by class and number, true object and number of each that is right, and of the truth."""
+def tracked(videos) -> list[tuple[list[Detections], list[Detections]]]:
+    """For each video, what is shown, with numbers, and the truth."""
     results = []
     for frames, found in videos:
+        is_cut = tracking.CutFinder()
         shown = [detections[detections.confidence > THRESHOLD] for detections in found]
-        tracker, is_cut = tracking.ObjectTracker(scenes.FPS), tracking.CutFinder()
-        cuts, numbers = [is_cut(frame.image) for frame in frames], []
-        for start in range(0, len(frames), BATCH):
-            objects = tracker.update(shown[start : start + BATCH], cuts[start : start + BATCH])
-            numbers += [found.tracker_id for found in objects]
-        counted, right, truth = Counter(), [], Counter()
-        for frame, detections, number in zip(frames, shown, numbers, strict=True):
-            counted.update(zip(detections.class_id, number, strict=True))
-            truth.update(frame.truth.tracker_id)
-            right += [(frame.truth.tracker_id[j], number[i]) for i, j in scenes.match(detections, frame.truth)]
-        results.append((counted, right, truth))
+        numbered = track(shown, scenes.FPS, [is_cut(frame.image) for frame in frames])
+        results.append((numbered, [frame.truth for frame in frames]))
     return results
 
 
-def test_an_object_keeps_its_number(sightings):
-    kept = total = 0
-    for _, right, _ in sightings:
-        numbers_of = defaultdict(Counter)
-        for true_object, number in right:
-            numbers_of[true_object][number] += 1
-        kept += sum(max((n for number, n in counts.items() if number), default=0) for counts in numbers_of.values())
-        total += len(right)
+def kept(tracked: list[Detections], truth: list[Detections]) -> tuple[int, int]:
+    """The sightings in which an object has the number that it has most often, and all sightings."""
+    numbers_of = defaultdict(Counter)
+    for found, true in zip(tracked, truth, strict=True):
+        for i, j in scenes.match(found, true):
+            numbers_of[true.tracker_id[j]][found.tracker_id[i]] += 1
+    usual = (max((n for number, n in counts.items() if number), default=0) for counts in numbers_of.values())
+    return sum(usual), sum(counts.total() for counts in numbers_of.values())
+
+
+def sightings(frames: list[Detections]) -> Counter:
+    """How often each object was seen, by class and number."""
+    pairs = (zip(found.class_id, found.tracker_id, strict=True) for found in frames)
+    return Counter((label, number) for frame in pairs for label, number in frame if number)
+
+
+def test_an_object_keeps_its_number(tracked):
+    usual, total = np.sum([kept(*video) for video in tracked], axis=0)
     assert total > 3000
-    assert kept / total >= 0.92
+    assert usual / total >= 0.92
 
 
-def test_as_many_objects_are_believed_as_there_are(sightings):
-    believed = true = 0
-    for counted, _, truth in sightings:
-        seconds = [n / scenes.FPS for (_, number), n in counted.items() if number]
-        believed += sum(duration >= app.BELIEVED_SECONDS for duration in seconds)
-        true += sum(n / scenes.FPS >= app.BELIEVED_SECONDS for n in truth.values())
-    assert abs(believed / true - 1) <= 0.15
+def test_as_many_objects_count_as_there_are(tracked):
+    from results import COUNTED_SECONDS
+
+    counted, true = (
+        sum(n / scenes.FPS >= COUNTED_SECONDS for video in tracked for n in sightings(video[part]).values())
+        for part in (0, 1)
+    )
+    assert abs(counted / true - 1) <= 0.15
+
+
+@pytest.mark.parametrize(
+    ("camera", "missing", "doubles", "least_kept"),
+    [
+        ("still", 0.1, 0, 0.94),
+        ("still", 0.25, 0.1, 0.88),
+        ("shakes", 0.1, 0, 0.93),
+        ("shakes and pans", 0.1, 0, 0.90),
+        ("drives", 0.1, 0, 0.88),
+    ],
+)
+def test_people_keep_their_numbers_in_front_of_a_camera_that(camera, missing, doubles, least_kept):
+    usual = total = numbers = people = 0
+    for seed in range(40, 48):
+        found, truth = scenes.people(camera, seed, missing=missing, doubles=doubles)
+        numbered = track(found, fps=15)
+        usual, total = np.add((usual, total), kept(numbered, truth))
+        numbers, people = numbers + len(sightings(numbered)), people + len(sightings(truth))
+    assert total > 2500
+    assert usual / total >= least_kept
+    assert 0.8 <= numbers / people <= 1.2
 
 
 def test_cuts_are_found_and_motion_is_none(videos):
@@ -132,10 +166,63 @@ def test_after_a_cut_an_object_is_another_one():
     assert numbers_on(on_the_way(12), cut=6) == [[1]] * 6 + [[2]] * 6
 
 
+def test_a_new_object_may_be_missed_once():
+    frames = on_the_way(12)
+    frames[2] = NOTHING
+    assert numbers_on(frames) == [[1]] * 2 + [[]] + [[1]] * 9
+
+
+def test_a_box_that_fits_is_not_given_up_for_two_that_do_not():
+    """Once the first one is out of sight, another object steps in at the end of the row."""
+    row = [Detections.merge((one(0.2), one(0.35)))] * 12
+    later = [Detections.merge((one(0.35), one(0.5)))] * 6
+    assert numbers_on([*row, *later], fps=12)[:12] == [[1, 2]] * 12
+    assert [numbers[0] for numbers in numbers_on([*row, *later], fps=12)[12:]] == [2] * 6
+
+
+def test_the_confident_one_of_two_boxes_on_one_object_gets_its_number():
+    frames = on_the_way(12)
+    double = frames[-1][:]
+    double.confidence = double.confidence - 0.5
+    frames[-1] = Detections.merge((double, frames[-1]))
+    assert numbers_on(frames)[-1] == [0, 1]
+
+
+ROW = Detections.merge([one(x, y) for x, y in ((0.1, 0.1), (0.25, 0.5), (0.4, 0.2), (0.6, 0.6), (0.75, 0.3))])
+
+
+def moved(detections: Detections, x: float, y: float) -> Detections:
+    return dataclasses.replace(detections, xyxy=detections.xyxy + np.array([x, y, x, y], np.float32))
+
+
+def test_numbers_stay_when_the_whole_picture_jumps_by_more_than_the_objects_are_apart():
+    frames = [*[ROW] * 12, moved(ROW, 0.15, 0.1)[1:], moved(ROW, -0.05, -0.1)[:4]]
+    assert numbers_on(frames)[-2:] == [[2, 3, 4, 5], [1, 2, 3, 4]]
+
+
+def test_what_is_missing_is_not_taken_for_a_movement_of_the_camera():
+    tracks = np.zeros(5, tracking.TRACK)
+    tracks["xyxy"], tracks["frames_missed"] = ROW.xyxy, 1
+    jump = np.array([0.15, 0.1])
+    np.testing.assert_allclose(tracking.camera_shift(tracks, moved(ROW, *jump)[1:]), jump, atol=1e-6)
+    assert not tracking.camera_shift(tracks, ROW[2:]).any()
+    assert not tracking.camera_shift(tracks, moved(ROW[:2], *jump)).any()
+
+
 def test_what_flickers_has_no_number():
     frames = on_the_way(12)
     frames[5] = Detections.merge((frames[5], one(0.7)))
     assert numbers_on(frames)[5] == [1, 0]
+
+
+def test_detections_are_chosen_and_merged_with_all_that_is_known_of_them():
+    numbered = dataclasses.replace(Detections.merge((one(0.1), one(0.7, class_id=3))), tracker_id=np.array([4, 5]))
+    for part in (numbered[1:], numbered[np.array([1])], numbered[numbered.class_id == 3]):
+        assert (len(part), part.xyxy[0, 0], part.class_id[0], part.tracker_id[0]) == (1, np.float32(0.7), 3, 5)
+    merged = Detections.merge((numbered[1:], numbered[:1]))
+    assert merged.tracker_id.tolist() == [5, 4]
+    empty = Detections.merge([])
+    assert (len(empty), empty.xyxy.shape, empty.xyxy.dtype, empty.class_id.dtype) == (0, (0, 4), np.float32, int)
 
 
 def test_a_tracker_that_was_pickled_goes_on():

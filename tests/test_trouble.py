@@ -39,7 +39,9 @@ OUT_OF_MEMORY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory: you tried to ..."),
     RuntimeError("MPS backend out of memory (MPS allocated: 17.0 GB, other allocations: 1.1 GB)"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 ]
+ILLEGAL = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 NO_MEMORY_IN_OPENCV = cv2.error("OpenCV(5.0.0) alloc.cpp:73: error: (-4:Insufficient memory) Failed to allocate ...")
 
 
@@ -54,7 +56,7 @@ def with_memory_for(frames, forward, error=OUT_OF_MEMORY[0]):
     return limited
 
 
-@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "cpu", "mps"])
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["cuda", "cpu", "mps", "cublas"])
 def test_a_batch_that_does_not_fit_into_memory_is_tried_in_smaller_parts(error, monkeypatch):
     frames = list(np.random.default_rng(0).integers(0, 255, (7, 90, 160, 3), np.uint8))
     expected = [app.DETECTOR([frame])[0] for frame in frames]
@@ -72,6 +74,35 @@ def test_without_any_memory_there_is_a_sentence_and_the_next_visitor_is_served(v
     assert not pictures
     assert error.message == lines[-1] == "The server is out of memory. Try again in a minute."
     assert len(watch(video)[0]) == 41
+
+
+class ProcessEndsError(Exception):
+    """In place of the end of the process."""
+
+
+def end(code):
+    raise ProcessEndsError(code)
+
+
+def test_after_an_error_that_leaves_cuda_unusable_the_process_ends_with_a_line_in_the_log(monkeypatch, caplog):
+    passes = []
+
+    def failing(*_, **__):
+        passes.append(1)
+        raise ILLEGAL
+
+    monkeypatch.setattr(app.DETECTOR, "_forward_pass", failing)
+    monkeypatch.setattr(app.os, "_exit", end)
+    monkeypatch.setattr(app, "HAS_CUDA", True)
+    monkeypatch.setattr(torch.cuda, "synchronize", failing)
+    with pytest.raises(ProcessEndsError, match="1"):
+        app.DETECTOR([np.zeros((90, 160, 3), np.uint8)] * 6)
+    assert len(passes) <= 2 + app.DETECTOR.passes_at_once, "it is not tried again"
+    assert "CUDA is lost" in caplog.text and "illegal memory access" in caplog.text
+
+
+def test_an_error_that_mentions_memory_is_not_out_of_memory():
+    assert app.user_facing_error(ILLEGAL).title == "Error"
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), NO_MEMORY_IN_OPENCV])
@@ -130,3 +161,18 @@ def test_a_disk_that_fills_up_after_the_stream_costs_only_the_files(video, monke
     pictures, lines, error = watch(video)
     assert len(pictures) == 41
     assert lines[-1] == error.message == "The server could not store the result. Its disk may be full."
+
+
+def test_on_an_almost_full_disk_a_new_run_is_refused_with_a_sentence(video, monkeypatch):
+    monkeypatch.setattr(app.shutil, "disk_usage", lambda _: SimpleNamespace(total=1000, used=951, free=49))
+    _, _, error = watch(video)
+    assert error.message == "The disk of the server is almost full. Try again in an hour."
+
+
+def test_files_go_an_hour_after_their_last_use(video):
+    assert app.demo.delete_cache == (600, 3600)
+    before = os.stat(video)
+    watch(video)
+    after = os.stat(video)
+    assert after.st_ctime_ns > before.st_ctime_ns, "Gradio deletes files by their ctime"
+    assert after.st_mtime_ns == before.st_mtime_ns, "it is the same video"

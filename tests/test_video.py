@@ -300,8 +300,7 @@ def test_the_two_readers_agree(name, file_of, monkeypatch):
 
 def ffmpeg_reading(path: Path, size: tuple[int, int], filters: str) -> list[np.ndarray]:
     """The pictures of the main video track, RGB, as the `ffmpeg` command shows them, without any code of ours."""
-    track = video.read_video_info(path).track
-    command = ["ffmpeg", "-v", "error", "-nostdin", "-i", path, "-map", f"0:{track}", "-vf",
+    command = ["ffmpeg", "-v", "error", "-nostdin", "-i", path, "-an", "-vf",
                f"setpts=PTS-STARTPTS,{filters}scale={size[0]}:{size[1]}:flags=area", "-fps_mode", "passthrough",
                "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]  # fmt: skip
     data = subprocess.run(command, capture_output=True, check=False).stdout
@@ -320,6 +319,7 @@ FFMPEG_IS_WRONG = {
     "sei_rotation.ts",  # the orientation is lost after the key frame
     "late_stream.ts",  # as before
     "mjpeg_pixfmt_change.avi",  # a frame is lost at each change
+    "unknown_first_track.mov",  # the track is chosen that cannot be decoded
 }
 TO_SDR = (
     "zscale=t=linear:npl=203,format=gbrpf32le,zscale=p=bt709,tonemap=mobius:desat=0,"
@@ -334,7 +334,7 @@ def test_the_ffmpeg_command_shows_the_same(name, file_of):
     info = video.read_video_info(path)
     output = play(path, F(1, 2), 1)
     height, width = output.pictures[0].shape[:2]
-    filters = f"fps={info.fps}," + (TO_SDR if info.transfer in (video.PQ, video.HLG) else "")
+    filters = f"fps={info.fps}," + (TO_SDR if name in ("hlg", "pq", "hlg_bt2020.mov") else "")
     shown = ffmpeg_reading(path, (width, height), filters)
     assert len(output.pictures) == pytest.approx(len(shown), abs=2)
     for place in (0, 0.2, 0.45, 0.7, 0.95):
@@ -344,7 +344,7 @@ def test_the_ffmpeg_command_shows_the_same(name, file_of):
         assert max(psnr(output.pictures[index], picture) for picture in near) > 20, f"at {place:.0%}"
     if info.audio_channels:
         layout = video.AUDIO_LAYOUTS[info.audio_channels]
-        command = ["ffmpeg", "-v", "error", "-nostdin", "-i", path, "-map", f"0:{info.audio_track}", "-f", "s16le",
+        command = ["ffmpeg", "-v", "error", "-nostdin", "-i", path, "-map", "0:a:0", "-f", "s16le",
                    "-ar", "48000", "-ch_layout", layout, "-"]  # fmt: skip
         heard = np.frombuffer(subprocess.run(command, capture_output=True, check=False).stdout, "<i2")
         loudness = [
@@ -497,8 +497,6 @@ def test_a_video_that_becomes_interlaced_in_the_middle_has_no_old_or_black_pictu
     first = cut(tmp_path / f"first.{suffix}", master, 0, 50, *codec, "-an", at, 10)
     second = cut(tmp_path / f"second.{suffix}", master, 50, 120, *codec, *flags, "-an", at, 10 + 50 / 30)
     path = concatenated(tmp_path / f"both.{suffix}", first, second)
-    info = video.read_video_info(path)
-    assert info.is_for_opencv, "its first frames are not interlaced"
     assert numbers(play(path, F(1), 1))[:100] == list(range(100))
     assert numbers(play(path))[:50] == list(range(0, 100, 2))
 
@@ -638,7 +636,7 @@ def test_a_file_without_a_colour_tag_has_the_colours_that_players_assume(size, t
            f"scale=out_color_matrix={matrix}:out_range={pixels}", *X264, "-preset", "ultrafast", *tags, "-color_range",
            pixels, path, stdin=picture.tobytes() * 2)  # fmt: skip
     with av.open(str(path)) as container:
-        assert (container.streams.video[0].codec_context.colorspace == video.UNTAGGED) == (tag is None)
+        assert (container.streams.video[0].codec_context.colorspace == 2) == (tag is None)
     for picture in play(path, F(1), 1).pictures:
         np.testing.assert_allclose(picture.mean(axis=(0, 1)), (200, 80, 40), atol=6)
 

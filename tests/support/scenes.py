@@ -1,4 +1,5 @@
-"""Short videos of moving shapes whose every object is known, for the tests of tracking and of filled gaps.
+"""Moving objects that are all known, for the tests of tracking and of filled gaps: rendered shapes, and people who are
+only boxes, as a detector would find them.
 
 An object keeps its number in one shot while it is out of sight for at most a second. Whoever is away longer, or comes
 after a cut, is a new object.
@@ -49,7 +50,7 @@ def render(kind: str, seed: int, fps: float = FPS, seconds: float = SECONDS) -> 
     """A video of one of `KINDS` with three to six shapes; the same for the same seed."""
     rng = np.random.default_rng((seed, KINDS.index(kind)))
     shots = [new_shot(rng, kind) for _ in range(2 if kind == "cut" else 1)]
-    frames, numbers, last_seen, new_number = [], {}, {}, itertools.count(1)
+    frames, number_of = [], Numbers()
     for time in np.arange(round(seconds * fps)) / fps:
         shot = int(time / seconds * len(shots))
         backdrop, cast = shots[shot]
@@ -62,17 +63,27 @@ def render(kind: str, seed: int, fps: float = FPS, seconds: float = SECONDS) -> 
         shares, rows = shapes.visible_shares(outlines, WIDTH, HEIGHT), []
         for index, shape in enumerate(cast):
             if shares[index] >= shapes.MIN_VISIBLE:
-                if time - last_seen.get((shot, index), -math.inf) > LONGEST_GAP_SECONDS:
-                    numbers[shot, index] = next(new_number)
-                last_seen[shot, index] = time
                 box = shapes.clipped_box(outlines[index], WIDTH, HEIGHT) / (WIDTH, HEIGHT, WIDTH, HEIGHT)
-                rows.append((*box, shapes.LABELS.index(shape.kind), numbers[shot, index]))
+                rows.append((*box, shapes.LABELS.index(shape.kind), number_of((shot, index), time)))
         jpeg = cv2.imencode(".jpg", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 70])[1]  # scores flicker, as in life
         frames.append(SceneFrame(cv2.imdecode(jpeg, cv2.IMREAD_COLOR), certain(rows), shot))
     return frames
 
 
-def certain(rows: list[tuple[float, ...]]) -> Detections:
+class Numbers:
+    """Numbers objects that are seen, each from the time after which it has been away for too long as another one."""
+
+    def __init__(self):
+        self._numbers, self._last_seen, self._new = {}, {}, itertools.count(1)
+
+    def __call__(self, thing: object, time: float) -> int:
+        if time - self._last_seen.get(thing, -math.inf) > LONGEST_GAP_SECONDS:
+            self._numbers[thing] = next(self._new)
+        self._last_seen[thing] = time
+        return self._numbers[thing]
+
+
+def certain(rows: np.ndarray | list[tuple[float, ...]]) -> Detections:
     """Detections from rows of a box (xyxy), a class and a number, with full confidence."""
     columns = np.array(rows).reshape(-1, 6)
     class_id, number = columns[:, 4:].T.astype(int)
@@ -121,6 +132,68 @@ def path(rng: np.random.Generator, kind: str, name: str, size: float, index: int
     room = (WIDTH + 2 * margin, HEIGHT)
     pose = shapes.bounce(name, size, (x + margin, y, angle), velocity, room)[0]
     return lambda seconds: (pose(seconds)[0] - margin, *pose(seconds)[1:])
+
+
+CAMERAS = ("still", "shakes", "shakes and pans", "drives")
+
+
+def people(
+    camera: str, seed: int, fps: float = 15, seconds: float = 12, missing: float = 0.1, doubles: float = 0.0
+) -> tuple[list[Detections], list[Detections]]:
+    """Simulated detections of people who walk to the left and to the right, and the truth, on each frame.
+
+    Boxes are tall and jitter by 3 % of their size. Who is covered for the most part by someone nearer is not found.
+    The still camera is close to few people, the others see more and smaller ones.
+
+    Args:
+        camera: One of `CAMERAS`. A hand shakes by up to 3 % of the width, up and down as well, each frame anew. A pan
+            goes half a width a second. Who drives sees everything grow by a third and shrink, and shakes by 1 %.
+        missing: Share of the detections that are missing.
+        doubles: Share of the detections that have a second, weak box.
+    """
+    rng = np.random.default_rng((seed, CAMERAS.index(camera)))
+    times = np.arange(round(seconds * fps)) / fps
+    shake = {"still": 0, "drives": 0.01}.get(camera, 0.03) * rng.uniform(-1, 1, (len(times), 2)) * (1, 16 / 9)
+    pan = 0.5 * times * (camera == "shakes and pans")
+    zoom = 1 + (camera == "drives") * np.sin(2 * np.pi * times / 5) / 3
+    width = 1 + pan[-1]  # of the world, in frames
+    count = round(seconds / 2) if camera == "still" else round(8 * width + seconds / 2)
+    heights = rng.uniform(0.35, 0.6, count) if camera == "still" else rng.uniform(0.12, 0.3, count)
+    widths = heights * rng.uniform(0.3, 0.45, count) * 9 / 16
+    feet = 0.4 + 0.6 * heights + rng.uniform(-0.05, 0.05, count) * (1 if camera == "still" else 6)
+    speeds = rng.uniform(0.06, 0.15, count) * rng.choice([-1, 1], count)
+    starts = rng.uniform(-0.2, width + 0.2, count) - speeds * rng.uniform(0, seconds, count) * (width == 1)
+    found, truth, number_of = [], [], Numbers()
+    for time, shaken, panned, zoomed in zip(times, shake, pan, zoom, strict=True):
+        x, y = starts + speeds * time - panned + shaken[0], feet + shaken[1]
+        boxes = np.column_stack((x - widths / 2, y - heights, x + widths / 2, y))
+        clipped = ((boxes - 0.5) * zoomed + 0.5).clip(0, 1)
+        seen = np.flatnonzero(areas(clipped) > 0.3 * zoomed**2 * areas(boxes))
+        seen = seen[np.argsort(-feet[seen])]  # nearest first
+        clipped = clipped[seen]
+        numbers = [number_of(person, time) for person in seen]
+        truth.append(certain(np.column_stack((clipped, np.zeros(len(seen)), numbers))))
+        hidden = [covered_share(box, clipped[:index]) > 0.6 for index, box in enumerate(clipped)]
+        is_found = ~np.array(hidden, bool) & (rng.random(len(seen)) >= missing)
+        is_doubled = is_found & (rng.random(len(seen)) < doubles)
+        boxes, sizes = clipped[is_found], (clipped[:, 2:] - clipped[:, :2])
+        boxes = boxes + rng.normal(0, 0.03, boxes.shape) * np.tile(sizes[is_found], 2)
+        second = clipped[is_doubled] + rng.normal(0, 0.1, (is_doubled.sum(), 4)) * np.tile(sizes[is_doubled], 2)
+        scores = np.concatenate((rng.uniform(0.5, 1, len(boxes)), rng.uniform(0.3, 0.5, len(second))))
+        boxes, order = np.concatenate((boxes, second)), np.argsort(-scores)
+        found.append(Detections(boxes[order].astype(np.float32), scores[order].astype(np.float32), order * 0))
+    return found, truth
+
+
+def areas(boxes: np.ndarray) -> np.ndarray:
+    """(N,), of boxes (N, 4)."""
+    return (boxes[:, 2:] - boxes[:, :2]).clip(0).prod(axis=1)
+
+
+def covered_share(box: np.ndarray, others: np.ndarray) -> float:
+    """The share of a box that the one which covers most of it covers."""
+    common = np.concatenate((np.maximum(box[:2], others[:, :2]), np.minimum(box[2:], others[:, 2:])), axis=1)
+    return areas(common).max(initial=0) / areas(box[None])[0]
 
 
 Detector = Callable[[list[np.ndarray]], list[Detections]]

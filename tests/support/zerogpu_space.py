@@ -227,7 +227,7 @@ def visitor_who_leaves(video: str, platform: Platform) -> dict:
         updates.close()
         return time.monotonic() - began
 
-    with slow_gpu(0.03):
+    with slow_gpu(0.1):
         seconds_to_close = leave_after_a_chunk()
         seconds_to_release = seconds_until(lambda: platform.releases)
         seconds_until(lambda: not temporary_files())
