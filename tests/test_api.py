@@ -67,7 +67,7 @@ def test_a_run_that_is_replaced_ends_with_nothing_to_show(client, tmp_path):
 
 def test_a_program_gets_the_whole_video_and_the_detections(client, tmp_path):
     path = Kind("whole", frames=123, size=(320, 180)).make(tmp_path)
-    annotated, found = ask_for_whole_video(client, path, 0.0, [], "Half (fast)")
+    annotated, found = ask_for_whole_video(client, path, 0.0, [], "Half (fast)", "Every frame")
     with av.open(annotated) as container:
         assert sum(1 for _ in container.decode(video=0)) == 62
     with av.open(annotated) as container:
