@@ -39,6 +39,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache, partial
+from importlib.util import find_spec
 from inspect import unwrap
 from pathlib import Path
 from typing import NamedTuple
@@ -1069,22 +1070,18 @@ def check_argument(name: str, value: object) -> object:
             return gr.FileData.model_validate(value, context={"validate_meta": True}).path
         is_valid = False
     elif isinstance(component, gr.Dropdown):
-        value = [value] if isinstance(value, str) else value or []
-        is_valid = isinstance(value, list) and all(name in choices for name in value)
+        value = [] if value is None else [value] if isinstance(value, str) else value
+        is_valid = isinstance(value, list) and all(label in choices for label in value)
     elif isinstance(component, gr.Slider):
         is_valid = type(value) in (int, float) and component.minimum <= value <= component.maximum
     else:
         is_valid = value in choices if choices else isinstance(value, bool)
-    if not is_valid:
-        raise argument_error(name, value, choices)
-    return value
-
-
-def argument_error(name: str, value: object, choices: Sequence[str] = ()) -> gr.Error:
+    if is_valid:
+        return value
     message = f"{name} cannot be {json.dumps(value, ensure_ascii=False)[:100]}. Expected: {ARGUMENTS[name]}"
     if choices:
         message += f" Known: {', '.join(choices)}."
-    return gr.Error(message, title="Wrong argument", print_exception=False)
+    raise gr.Error(message, title="Wrong argument", print_exception=False)
 
 
 WEBCAM = gr.WebcamOptions(constraints={"video": {"width": {"ideal": 1280}, "height": {"ideal": 720}}})
@@ -1183,6 +1180,7 @@ if __name__ == "__main__":
         css_paths=ASSETS / "page.css",
         head=f"<script>{(ASSETS / 'page.js').read_text(encoding='utf-8')}</script>",
         max_file_size=MAX_UPLOAD,
+        mcp_server=find_spec("mcp") is not None,  # with `gradio[mcp]`, `detect_video` is a tool for assistants
         state_session_capacity=2 * MAX_RUNS,
         app_kwargs=guard(demo),
         max_threads=40 + MAX_RUNS,

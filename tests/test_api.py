@@ -1,5 +1,8 @@
 """The app as a server: what a program gets that calls it."""
 
+import ast
+import asyncio
+import base64
 import re
 import time
 from pathlib import Path
@@ -64,7 +67,7 @@ def test_a_run_that_is_replaced_ends_with_nothing_to_show(client, tmp_path):
 
 def test_a_program_gets_the_whole_video_and_the_detections(client, tmp_path):
     path = Kind("whole", frames=123, size=(320, 180)).make(tmp_path)
-    annotated, found = ask_for_whole_video(client, path, 0.0, [], "Half (fast)")
+    annotated, found = ask_for_whole_video(client, path, 0.0, [], "Half (fast)", "Every frame")
     with av.open(annotated) as container:
         assert sum(1 for _ in container.decode(video=0)) == 62
     with av.open(annotated) as container:
@@ -133,3 +136,30 @@ def test_the_api_has_one_endpoint_with_names_defaults_and_descriptions(client):
     assert described == [app.ARGUMENTS[name] for name in names]
     assert all(text.endswith(".") for text in described)
     assert [value["label"] for value in endpoints["/detect_video"]["returns"]] == ["Annotated video", "Result"]
+
+
+def test_an_assistant_finds_the_tool_and_calls_it(server):
+    mcp = pytest.importorskip("mcp")
+    streamable_http = pytest.importorskip("mcp.client.streamable_http")
+
+    async def ignore_progress(*_):  # without it, Gradio 6.31 answers with one text, the whole tuple
+        pass
+
+    async def ask(arguments):
+        async with (
+            streamable_http.streamable_http_client(f"{server}/gradio_api/mcp/") as (read, write, _),
+            mcp.ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            tools = (await session.list_tools()).tools
+            return tools, await session.call_tool("detect_video", arguments, progress_callback=ignore_progress)
+
+    video = "data:video/mp4;base64," + base64.b64encode(EXAMPLE.read_bytes()).decode()
+    (tool,), answer = asyncio.run(ask({"video": video, "classes": ["star"], "video_output": False}))
+    assert tool.name == "detect_video"
+    assert {name: value["description"] for name, value in tool.inputSchema["properties"].items()} == app.ARGUMENTS
+    assert not answer.isError
+    found = ast.literal_eval(answer.content[-1].text)
+    assert {detection["label"] for detection in found["detections"]} == {"star"}
+    _, refused = asyncio.run(ask({"video": video, "conf_threshold": 7}))
+    assert refused.isError and "conf_threshold cannot be 7" in refused.content[0].text

@@ -350,7 +350,7 @@ def test_an_upload_with_an_odd_name_is_detected_as_any_other(name, client, plain
     path = tmp_path / name
     path.write_bytes(video)
     (tmp_path / "chunk.mp4").write_bytes(chunks[0])
-    annotated, _ = ask_for_whole_video(client, path, 0.3, [], "Half (fast)")
+    annotated, _ = ask_for_whole_video(client, path, 0.3, [], "Half (fast)", "Every frame")
     pictures = [read_chunks([path]).pictures for path in (annotated, tmp_path / "chunk.mp4")]
     np.testing.assert_array_equal(*pictures)
 
