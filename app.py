@@ -900,6 +900,8 @@ if __name__ == "__main__":
     demo.launch(
         css_paths=ASSETS / "page.css",
         head=f"<script>{(ASSETS / 'page.js').read_text(encoding='utf-8')}</script>",
+        footer_links=["api", "gradio"],  # the settings offer the screen recorder
+        run_history=False,  # "Load run" would put objects into the buttons and upload the files for ever
         max_file_size=MAX_UPLOAD,
         app_kwargs={"routes": [blocked]},
         max_threads=40 + MAX_RUNS,

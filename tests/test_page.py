@@ -181,6 +181,16 @@ def test_the_page_names_the_model_that_is_loaded(page):
     expect(page.get_by_text("Model: shapes-rtdetr")).to_be_visible()
 
 
+def test_the_footer_offers_neither_old_runs_nor_the_screen_recorder(page):
+    upload(page, EXAMPLE)
+    wait_until_done(page)
+    page.wait_for_timeout(1000)
+    footer = page.locator("footer")
+    expect(footer).to_contain_text("Use via API")
+    expect(footer).not_to_contain_text("Runs")
+    expect(footer).not_to_contain_text("Settings")
+
+
 def test_colours_are_right_in_the_player_and_in_the_download(page, tmp_path):
     """At a height of 2 mod 4, where the colours were once below their shapes."""
     path = Kind("colours", frames=70, size=(320, 180)).make(tmp_path)
