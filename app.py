@@ -872,7 +872,6 @@ def guard(demo: gr.Blocks) -> dict[str, object]:
 
 SETTLE_SECONDS = 0.1  # debounce: each step of a dragged slider starts a run, which waits this long for another
 PICTURE_AFTER_SECONDS = 1  # the first frame is shown as a picture if the first chunk takes longer
-PLAYER_HEIGHT = "clamp(220px, 32vw, 480px)"  # reserved from the start, so that nothing jumps
 WELCOME = "Upload a video, record one, or click an example."
 
 # Handlers yield new values for components of the page, which are defined below. Their settings are the confidence
@@ -881,7 +880,7 @@ WELCOME = "Upload a video, record one, or click an example."
 
 def start(request: gr.Request, video: str | None, *settings: object) -> Iterator[dict]:
     """Another video, or the same one from its beginning, on an empty page."""
-    empty = {player: gr.update(value=None), table: None, plot: gr.update(visible="hidden"), progress: ""}
+    empty = {player: gr.update(value=None), table: None, plot: None, progress: ""}
     yield from replace_run(request, video, settings, empty)
 
 
@@ -951,7 +950,7 @@ def show_run(run: Run, video: str, settings: Sequence, join_seconds: float = 0) 
     except Exception as error:
         error = user_facing_error(error)
         error.visible = error.print_exception = False  # the status line and the log have it
-        yield {status: error.message, **buttons(running=False)}
+        yield {status: f"> {error.message}", **buttons(running=False)}  # page.css gives quotations a warning sign
         raise error from None
 
 
@@ -991,7 +990,7 @@ def describe(analysis: Analysis, ended: str = "") -> str:
     if (step := analysis.step) > 1:
         suffix = "th" if step % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(step % 10, "th")
         line += f" · analysing every {step}{suffix} frame"
-    return f"{line} · {speed:.1f}× real time · {DETECTOR.name} on {DEVICE.type}"
+    return f"{line} · {speed:.1f}× real time"
 
 
 def progress_bar(analysis: Analysis) -> str:
@@ -1003,9 +1002,10 @@ def progress_bar(analysis: Analysis) -> str:
     is_slow = analysis.elapsed_seconds > PICTURE_AFTER_SECONDS
     if 0 in analysis.cached and is_slow and len(analysis.chunks) < 2:
         jpeg = base64.b64encode(analysis.first_frame_jpeg).decode()
-        picture = f'<img alt="First frame" style="height: {PLAYER_HEIGHT}" src="data:image/jpeg;base64,{jpeg}">'
+        picture = f'<img alt="First frame" src="data:image/jpeg;base64,{jpeg}">'
     bar = f'<progress value="{analysis.seconds:.1f}" max="{analysis.info.duration_seconds:.1f}"></progress>'
-    return f'{picture}{bar}<span class="hint">{"" if analysis.is_end else "Waiting for more…"}</span>'
+    waiting = "" if analysis.is_end else "Waiting for more…"
+    return f'{picture}{bar}<span class="waiting">{waiting}</span><span class="beyond">Not analysed yet.</span>'
 
 
 def show_results(analysis: Analysis) -> Iterator[dict]:
@@ -1018,7 +1018,6 @@ def show_results(analysis: Analysis) -> Iterator[dict]:
             value=counts,
             x_lim=[0, analysis.info.duration_seconds],  # fixed, so that the axis keeps still
             y_lim=[0, max([5, *counts["count"]])],  # below 5, the axis would have ticks at halves
-            visible=len(counts) > 0 or "hidden",
         ),
     }
     # In Gradio 6.31, `gr.LinePlot` rebuilds its scales and legend only when a property changes, not with new rows, and
@@ -1090,12 +1089,13 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECONDS // 6, KEPT_SECONDS)) as demo:
-    intro = "Upload a video and watch RT-DETR find the objects in it."
-    gr.Markdown(f"# Streaming video object detection\n{intro} <small>Model: {DETECTOR.name}</small>")
+    model = f"{DETECTOR.name} on {DEVICE.type}"
+    intro = f"Upload a video and watch RT-DETR find the objects in it. <small>Model: {model}</small>"
+    gr.Markdown(f"# Streaming video object detection\n{intro}", elem_id="intro")
     if MODEL_NOTE:
         gr.Markdown(MODEL_NOTE)
     with gr.Row(elem_id="columns"):
-        with gr.Column():
+        with gr.Column(scale=4):
             # With `include_audio=False`, Gradio would hand each upload, unchecked, to ffmpeg.
             source = gr.Video(label="Video source", include_audio=True, webcam_options=WEBCAM, elem_id="source")
             if "person" in DETECTOR.id2label.values():
@@ -1113,34 +1113,36 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
                     list(DETECTOR.id2label.values()), multiselect=True, label="Classes",
                     info="Leave empty to show everything.",
                 )  # fmt: skip
-                names = ("Faster (half size, every 2nd frame)", "Full quality")
-                choices = list(zip(names, RESOLUTIONS, strict=True))
-                resolution = gr.Radio(choices, value=HALF, label="Size and frame rate")
-                analysed = gr.Radio([KEEP_UP, EVERY_FRAME], value=KEEP_UP, label="Frames analysed")
-                tracks = gr.Checkbox(True, label="Tracks", info="Show object numbers and trails.")
-        with gr.Column():
-            player = gr.Video(
-                label="Detections", streaming=True, autoplay=True, buttons=[], height=PLAYER_HEIGHT, elem_id="processed"
-            )
-            progress = gr.HTML(elem_id="progress")
+                with gr.Accordion("More settings", open=False):
+                    names = ("Faster (half size, every 2nd frame)", "Full quality")
+                    choices = list(zip(names, RESOLUTIONS, strict=True))
+                    resolution = gr.Radio(choices, value=HALF, label="Size and frame rate")
+                    analysed = gr.Radio([KEEP_UP, EVERY_FRAME], value=KEEP_UP, label="Frames analysed")
+                    tracks = gr.Checkbox(True, label="Tracks", info="Show object numbers and trails.")
+        with gr.Column(scale=5):
+            with gr.Column(elem_id="screen"):
+                player = gr.Video(label="Detections", streaming=True, autoplay=True, buttons=[], elem_id="processed")
+                progress = gr.HTML(elem_id="progress")
+                sound_button = gr.Button("Turn the sound on", variant="primary", size="lg", elem_id="sound")
             status = gr.Markdown(WELCOME, elem_id="status")
             with gr.Row():
-                start_button = gr.Button("Run again", interactive=False)
-                stop_button = gr.Button("Stop", interactive=False)
-            with gr.Column(elem_id="results"):
-                table = gr.Dataframe(
-                    headers=TABLE_HEADERS, column_widths=["25%", "22%", "21%", "16%", "16%"], label="Objects found",
-                    interactive=False, elem_id="table",
-                )  # fmt: skip
-                plot = gr.LinePlot(
-                    pd.DataFrame(columns=["second", "class", "count"]), x="second", y="count", color="class",
-                    x_title="Seconds", y_title="Most at once", y_axis_format="d", height=240, visible="hidden",
-                    elem_id="plot",
-                )  # fmt: skip
-                files = gr.File(
-                    label="Results (available when the run ends)", file_count="multiple", interactive=False,
-                    height=190, elem_id="files",
-                )  # fmt: skip
+                start_button = gr.Button("Run again", interactive=False, size="md", min_width=100)
+                stop_button = gr.Button("Stop", interactive=False, size="md", min_width=100, elem_id="stop")
+            with gr.Tabs(elem_id="results"):
+                with gr.Tab("Objects"):
+                    table = gr.Dataframe(
+                        headers=TABLE_HEADERS, column_widths=["25%", "22%", "21%", "16%", "16%"], show_label=False,
+                        buttons=[], interactive=False, elem_id="table",
+                    )  # fmt: skip
+                with gr.Tab("Timeline"):
+                    plot = gr.LinePlot(
+                        pd.DataFrame(columns=["second", "class", "count"]), x="second", y="count", color="class",
+                        x_title="Seconds", y_title="Most at once", y_axis_format="d", height=210, elem_id="plot",
+                    )  # fmt: skip
+                with gr.Tab("Files"):
+                    files = gr.File(
+                        label="Available when the run ends", file_count="multiple", interactive=False, elem_id="files"
+                    )
 
     settings = [source, threshold, classes, resolution, analysed, tracks]
     is_running = gr.State(False)
@@ -1159,7 +1161,8 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
             queue=False, show_progress="hidden", api_visibility="private",
         )  # fmt: skip
     demo.unload(stop)  # with this, Gradio 6.31 notices the end of a session, and frees what belongs to it
-    stop_button.click(stop, queue=False, show_progress="hidden", api_visibility="private")
+    sound_button.click(None, js="turnSoundOn", api_visibility="private")
+    stop_button.click(stop, js="stopUpdating", queue=False, show_progress="hidden", api_visibility="private")
     # Programs have the page's settings, with the same defaults. `detect_video` checks them, not Gradio.
     uploaded = gr.Video(label="Video", visible=False)
     with_video = gr.Checkbox(True, label="Annotated video", visible=False)
@@ -1179,6 +1182,8 @@ if __name__ == "__main__":
     demo.launch(
         css_paths=ASSETS / "page.css",
         head=f"<script>{(ASSETS / 'page.js').read_text(encoding='utf-8')}</script>",
+        footer_links=["api", "gradio"],  # the settings offer the screen recorder
+        run_history=False,  # "Load run" would put objects into the buttons and upload the files for ever
         max_file_size=MAX_UPLOAD,
         mcp_server=find_spec("mcp") is not None,  # with `gradio[mcp]`, `detect_video` is a tool for assistants
         state_session_capacity=2 * MAX_RUNS,

@@ -1,24 +1,50 @@
 const player = () => document.querySelector("#processed video");
-const seek = (seconds) => { if (player()) player().currentTime = seconds; };
+const bar = () => document.querySelector("#progress progress");
+const mark = (state, isOn) => document.body.classList.toggle(state, isOn);  // page.css shows it
+const showPlayer = () => document.querySelector("#screen").scrollIntoView({behavior: "smooth", block: "nearest"});
+
+// WebKit (every iPhone) does not let a video with sound start by itself: it refuses, or pauses as soon as there is sound.
+// Muted and inside the page, it may play. Gradio 6.31 turns the sound on again with each chunk, unless it cannot.
+const playMuted = (video) => {
+    video.muted = true;
+    Object.defineProperty(video, "muted", {get: () => true, set: () => {}, configurable: true});
+    mark("muted", true);
+    if (video.readyState > 1) video.play();  // else `loadeddata` comes: WebKit stalls if it has to play before
+};
+const play = (video) => {
+    video.playsInline = true;
+    return video.play().catch(({name}) => name === "NotAllowedError" && playMuted(video));
+};
+const isPausedByBrowser = ({played, muted, ended}) =>
+    !muted && !ended && !(played.length && played.end(0) - played.start(0) > 1) &&
+    !document.querySelector("#processed:is(:hover, :focus-within)");
+const turnSoundOn = () => {
+    const video = player();
+    delete video.muted;
+    mark("muted", video.muted = false);
+    video.play();
+};
 
 // A new stream begins at 0:00. After a change of the settings, the playhead is sent with them, and the new stream goes on
 // there. `playback_position` of Gradio 6.31 does not do this: it cannot wait until the stream has got that far.
 let resumePoint = null;  // the previous stream: its URL and position in seconds
 const startOver = (...inputs) => {
     resumePoint = null;
-    document.body.classList.remove("playing");
-    document.querySelector("#processed").scrollIntoView({behavior: "smooth", block: "nearest"});
+    for (const state of ["playing", "updating", "beyond", "muted"]) mark(state, false);
+    showPlayer();
     return inputs;
 };
 const resume = (...inputs) => {
     const video = player();
     if (!resumePoint && video && !video.ended) resumePoint = {src: video.currentSrc, seconds: video.currentTime};
+    mark("updating", Boolean(video));
     return [...inputs.slice(0, -1), resumePoint?.seconds ?? 0];
 };
+const stopUpdating = () => mark("updating", false);
 const restorePosition = ({target: video, type}) => {
     if (!resumePoint || video !== player() || video.currentSrc === resumePoint.src) return;
     const {seconds} = resumePoint;
-    if (video.seekable.length && video.seekable.end(0) > seconds) seek(seconds);
+    if (video.seekable.length && video.seekable.end(0) > seconds) video.currentTime = seconds;
     else if (type !== "ended") return;
     resumePoint = null;
 };
@@ -26,33 +52,57 @@ for (const type of ["canplay", "progress", "ended"]) document.addEventListener(t
 
 // Gradio's player does not say that it has caught up with the stream. For an upload that the browser cannot play (but
 // this app may), it shows "Video not playable" and a duration of NaN.
-for (const type of ["waiting", "playing", "error", "loadedmetadata"]) document.addEventListener(type, (event) => {
-    if (event.target === player()) {
-        document.body.classList.toggle("stalled", type === "waiting");
-        if (type === "playing") document.body.classList.add("playing");
-    }
-    else if (event.target.closest?.("#source")) {
-        document.body.classList.toggle("unplayable", type === "error");
-        if (type === "error") event.stopImmediatePropagation();
-    }
-}, true);
+for (const type of ["loadedmetadata", "loadeddata", "waiting", "playing", "pause", "error"]) {
+    document.addEventListener(type, (event) => {
+        const {target: video} = event;
+        if (video.videoHeight && video.closest("#source, #processed"))
+            document.body.style.setProperty("--shape", video.videoWidth / video.videoHeight);
+        if (video === player()) {
+            mark("stalled", type === "waiting");
+            if (type === "loadeddata") play(video);
+            if (type === "pause" && isPausedByBrowser(video)) playMuted(video);
+            if (type === "playing") mark("playing", true);
+        }
+        else if (video.closest?.("#source")) {
+            mark("unplayable", type === "error");
+            if (type === "error") event.stopImmediatePropagation();
+        }
+    }, true);
+}
 
 // Gradio's example buttons have no names, and are made at any time after the page has loaded.
 new MutationObserver(() => document.querySelectorAll(".gallery-item:not([aria-label]) video[src]").forEach((video) =>
     video.closest(".gallery-item").setAttribute("aria-label", video.src.split("/").pop()))
 ).observe(document, {childList: true, subtree: true});
 
-// The select events of a table and a plot go through the server, and a plot's is for regions only.
-document.addEventListener("click", ({target, clientX}) => {
+// A click on a row, the plot or the bar moves the player. The select events of a table and a plot go through the server,
+// and a plot's is for regions only.
+const secondsAt = ({target, clientX}) => {
     const headers = [...document.querySelectorAll("#table [role=columnheader]")].map((header) => header.innerText);
     const cells = target.closest("#table [role=row]")?.querySelectorAll("[role=gridcell]");
-    const bar = document.querySelector("#progress progress");
-    const ruler = target === bar ? bar : target.closest("#plot") && document.querySelector("#plot .root .background");
-    if (cells?.length) seek(parseFloat(cells[headers.indexOf("First (s)")].innerText));
-    if (!ruler) return;
+    if (cells?.length) return parseFloat(cells[headers.indexOf("First (s)")].innerText);
+    const ruler = target === bar() ? bar() : target.closest("#plot") && document.querySelector("#plot .root .background");
+    if (!ruler) return NaN;
     const {left, width} = ruler.getBoundingClientRect();
-    seek(Math.min(1, Math.max(0, (clientX - left) / width)) * bar.max);
+    return Math.min(1, Math.max(0, (clientX - left) / width)) * bar().max;
+};
+document.addEventListener("click", (event) => {
+    const seconds = secondsAt(event);
+    if (!(player() && seconds >= 0)) return;
+    mark("beyond", seconds > player().duration + 0.5);
+    if (!document.body.matches(".beyond")) player().currentTime = seconds;
+    showPlayer();
 });
+document.addEventListener("mousemove", (event) => {
+    const seconds = Math.floor(secondsAt(event));
+    if (!(player() && seconds >= 0)) return;
+    const clock = `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, "0")}`;
+    event.target.closest("#table [role=row], #plot, #progress").title = `Jump to ${clock}`;
+});
+document.addEventListener("timeupdate", ({target: video}) => {
+    if (video !== player() || !bar()) return;
+    document.body.style.setProperty("--playhead", video.currentTime / bar().max);
+}, true);
 
 // Gradio's slider reports each keystroke in its number box, even an empty box or a number out of range, which it then
 // refuses with an error over the player. Here, such a value never leaves the box. When the box loses the focus, the

@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 import shapes
+from axe_playwright_python.sync_playwright import Axe
 from benchmark import model_source
 from conftest import open_page, running_app
 from PIL import Image
@@ -74,6 +75,16 @@ def choose_example(page, name):
     page.get_by_role("button", name=f"{name}.mp4").click()
 
 
+def open_tab(page, name):
+    """Objects, Timeline or Files."""
+    page.get_by_role("tab", name=name).click()
+
+
+def open_more_settings(page):
+    if not page.get_by_text("Size and frame rate").is_visible():
+        page.get_by_role("button", name="More settings").click()
+
+
 def wait_until_done(page):
     expect(page.locator("#status")).to_contain_text("Done", timeout=90_000)
 
@@ -84,6 +95,7 @@ def seek(page, seconds):
 
 def table_rows(page):
     """Class to the numbers beside it: objects, most at once, first and last second."""
+    open_tab(page, "Objects")
     rows = page.locator("#table [role=row]").all()
     cells = [row.locator("[role=gridcell]").all_inner_texts() for row in rows]
     return {name.strip(): [float(number) for number in numbers] for name, *numbers in filter(None, cells)}
@@ -140,6 +152,11 @@ def test_a_file_that_is_not_a_video_gets_one_sentence_and_the_page_can_be_used_o
     expect(page.locator("#status .md")).to_have_text("This file is incomplete or not a video.", timeout=20_000)
     page.wait_for_timeout(1500)
     screenshot(page, "error")
+    colour, sign = page.locator("#status blockquote").evaluate(
+        "e => [getComputedStyle(e).color, getComputedStyle(e, '::before').content]"
+    )
+    assert colour != page.locator("body").evaluate("e => getComputedStyle(e).color")
+    assert sign == '"⚠"'
     assert "Traceback" not in page.content()
     assert "NaN" not in page.locator("body").inner_text()
     expect(page.get_by_text("incomplete or not a video")).to_have_count(1)
@@ -182,6 +199,16 @@ def test_the_page_names_the_model_that_is_loaded(page):
     expect(page.get_by_text("Model: shapes-rtdetr")).to_be_visible()
 
 
+def test_the_footer_offers_neither_old_runs_nor_the_screen_recorder(page):
+    upload(page, EXAMPLE)
+    wait_until_done(page)
+    page.wait_for_timeout(1000)
+    footer = page.locator("footer")
+    expect(footer).to_contain_text("Use via API")
+    expect(footer).not_to_contain_text("Runs")
+    expect(footer).not_to_contain_text("Settings")
+
+
 def test_colours_are_right_in_the_player_and_in_the_download(page, tmp_path):
     """At a height of 2 mod 4, where the colours were once below their shapes."""
     path = Kind("colours", frames=70, size=(320, 180)).make(tmp_path)
@@ -200,21 +227,24 @@ def test_the_plot_draws_every_class_of_the_table(page):
     wait_until_done(page)
     page.wait_for_timeout(1000)
     classes = table_rows(page)
+    open_tab(page, "Timeline")
+    page.wait_for_timeout(1000)
     lines = page.locator("#plot svg .mark-line.role-mark path[stroke]")
     colours = {line.get_attribute("stroke") for line in lines.all()}
     assert colours == {label_color(name) for name in classes}
     assert len(colours) >= 4
     ticks = page.locator("#plot svg .role-axis-label").last.locator("text").all_text_contents()
-    assert ticks == [str(number) for number in range(len(ticks))], "whole numbers, each once"
+    assert all(tick.isdigit() for tick in ticks) and len(ticks) == len({*ticks}), "whole numbers, each once"
 
 
-def test_a_video_without_detections_has_no_plot_and_the_status_says_what_to_do(page, tmp_path):
+def test_a_video_without_detections_has_empty_results_and_the_status_says_what_to_do(page, tmp_path):
     page.get_by_label("number input for Confidence threshold").fill("1")
     upload(page, Kind("nothing", frames=30).make(tmp_path))
     wait_until_done(page)
     expect(page.locator("#status")).to_contain_text("Nothing above 1. Try a lower threshold.")
-    expect(page.locator("#plot")).not_to_be_visible()
     assert not table_rows(page)
+    open_tab(page, "Timeline")
+    expect(page.locator("#plot svg .mark-line path[stroke]")).to_have_count(0)
 
 
 def test_a_bad_number_in_the_threshold_box_is_mended_and_covers_nothing(page):
@@ -305,6 +335,7 @@ def test_stop_ends_the_run_and_what_was_streamed_can_be_downloaded(page, long_vi
 
 def download(page, suffix="mp4"):
     """The result file with that suffix, once the run has ended."""
+    open_tab(page, "Files")
     link = page.locator(f"#files a[href$='.{suffix}']").first
     link.wait_for(timeout=60_000)
     with page.expect_download() as saved:
@@ -379,9 +410,11 @@ def test_after_a_change_the_viewer_is_where_they_were(page):
         before, started, heights, rows = page.evaluate(PLAYER), time.monotonic(), set(), set()
         change(page)
 
+        open_tab(page, "Objects")
+
         def is_there(state, before=before, heights=heights, rows=rows):
             heights.add(page.evaluate("document.documentElement.scrollHeight"))
-            rows.add(bool(table_rows(page)))
+            rows.add(page.locator("#table [role=gridcell]").count() > 0)
             return state["src"] != before["src"] and state["time"] > before["time"] - 0.2
 
         after = wait_for(page, is_there)
@@ -389,7 +422,7 @@ def test_after_a_change_the_viewer_is_where_they_were(page):
         assert after["time"] < before["time"] + passed, "nothing is skipped"
         assert passed < 6, "what is known comes at once"
         assert rows == {True}, "the table stays until the new one arrives"
-        assert change is choose_star or len(heights) == 1, "nothing shrinks and grows"
+        assert len(heights) == 1, "nothing shrinks and grows"
         wait_until_done(page)
         seek(page, 1)
         wait_for(page, lambda state: 1.2 < state["time"] < 4)
@@ -412,6 +445,7 @@ def choose_star(page):
 
 
 def choose_full(page):
+    open_more_settings(page)
     page.get_by_role("radio", name="Full quality").click()
 
 
@@ -456,8 +490,10 @@ def test_source_examples_player_and_results_come_in_the_order_of_use(page, size)
     source, examples = box("#source"), box(".gallery")
     assert 0 < examples["y"] - (source["y"] + source["height"]) < 60, "the examples are directly under the source"
     assert examples["y"] + examples["height"] < min(top("#settings"), height)
+    assert "More settings" in page.locator("#settings").inner_text()
+    expect(page.get_by_text("Size and frame rate")).not_to_be_visible()
     if size == "phone":
-        order = ["#source", ".gallery", "#processed", "#progress", "#status", "#settings", "#results"]
+        order = ["#source", ".gallery", "#processed", "#progress", "#status", "#results", "#settings"]
         assert order == sorted(order, key=top)
     else:
         assert top("#processed") == source["y"]
@@ -476,6 +512,76 @@ def test_source_examples_player_and_results_come_in_the_order_of_use(page, size)
     assert (
         page.evaluate("document.querySelector('#table .virtual-table-viewport').scrollWidth") <= box("#table")["width"]
     )
+
+
+PLACES = """selectors => selectors.map(selector => {
+    const {top, height} = document.querySelector(selector).getBoundingClientRect();
+    return [selector, Math.round(top + scrollY), Math.round(height)];
+})"""
+
+
+@pytest.mark.parametrize("size", ["laptop", "phone"])
+def test_nothing_moves_from_an_upload_to_its_results(page, size, tmp_path):
+    """Also while nothing is found, as in the first four seconds of this video."""
+    late = tmp_path / "late.mp4"
+    nothing = ("-f", "lavfi", "-i", "color=gray:size=320x180:rate=15:duration=4")
+    ffmpeg(*nothing, "-i", EXAMPLE, "-filter_complex", "[1:v]scale=320:180,fps=15[b];[0:v][b]concat", late)
+    width, height = SIZES[size]
+    page.set_viewport_size({"width": width, "height": height})
+    page.wait_for_timeout(500)
+    selectors = [
+        "#source",
+        ".gallery",
+        "#settings",
+        "#processed",
+        "#progress",
+        "#status",
+        "#results",
+        "#stop",
+        "footer",
+    ]
+    places = [page.evaluate(PLACES, selectors)]
+    upload(page, late)
+    deadline = time.monotonic() + 60
+    while "Done" not in page.locator("#status").inner_text() and time.monotonic() < deadline:
+        places.append(page.evaluate(PLACES, selectors))
+        page.wait_for_timeout(50)
+    for name in ("Timeline", "Files", "Objects"):
+        open_tab(page, name)
+        page.wait_for_timeout(300)
+        places.append(page.evaluate(PLACES, selectors))
+    assert len(table_rows(page)) >= 4
+    moved = {tuple(place) for row in places for place in row}
+    assert len(moved) == len(selectors), sorted(moved)
+    if size == "laptop":
+        assert page.evaluate("document.documentElement.scrollHeight") <= height, "all of it fits on the screen"
+
+
+def test_the_player_has_the_shape_of_its_video(page, tmp_path):
+    below = page.locator("#status").bounding_box()["y"]
+    for size in ((320, 180), (240, 180), (180, 320)):
+        clear(page)
+        upload(page, Kind("shape", frames=40, size=size).make(tmp_path))
+        wait_for(page, lambda state, size=size: state["time"] > 0.2 and state["width"] == size[0] // 2)
+        box = page.locator("#processed video").bounding_box()
+        assert box["width"] / box["height"] == pytest.approx(size[0] / size[1], rel=0.02)
+        assert page.locator("#status").bounding_box()["y"] == pytest.approx(below, abs=1)
+
+
+def test_on_a_phone_a_tapped_row_brings_the_player_into_view(page):
+    width, height = SIZES["phone"]
+    page.set_viewport_size({"width": width, "height": height})
+    choose_example(page, "bouncing-shapes")
+    wait_until_done(page)
+    open_tab(page, "Objects")
+    row = page.locator("#table [role=row]", has_text="star")
+    page.evaluate("scrollTo(0, document.querySelector('#table').getBoundingClientRect().top + scrollY - 10)")
+    assert page.locator("#processed").bounding_box()["y"] < 0
+    row.click()
+    page.wait_for_timeout(1500)
+    player = page.locator("#processed").bounding_box()
+    assert player["y"] >= 0
+    assert player["y"] + player["height"] <= height
 
 
 def test_another_source_ends_the_old_picture_at_once(page):
@@ -520,8 +626,9 @@ def test_clicks_on_the_table_the_bar_and_the_plot_move_the_player_there(page):
     page.wait_for_timeout(500)
     first = table_rows(page)["cross"][2]
     assert first > 1
-    page.locator("#table [role=gridcell]", has_text="cross").click()
+    page.locator("#table [role=row]", has_text="cross").click()
     assert first <= wait_for(page, lambda state: not state["ended"])["time"] < first + 2
+    open_tab(page, "Timeline")
     for ruler, second in (("#progress progress", 4.5), ("#plot .root .background", 3.0)):
         page.locator(ruler).first.scroll_into_view_if_needed()
         box = page.locator(ruler).first.bounding_box()
@@ -545,6 +652,35 @@ def test_the_keyboards_place_is_seen_and_the_examples_have_names(page):
         expect(page.get_by_role("button", name=f"{name}.mp4")).to_be_visible()
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing_wrong_with_the_page(browser, server, scheme, tmp_path):
+    """Apart from what Gradio's own empty components lack: names that their role may have."""
+    page = browser.new_page(viewport={"width": 1400, "height": 900}, color_scheme=scheme)
+    page.goto(server + ("?__theme=dark" if scheme == "dark" else ""))
+    page.locator("#source input[type=file]").wait_for(state="attached")
+    open_more_settings(page)
+
+    def check(state):
+        page.wait_for_timeout(800)
+        report = Axe().run(page, options={"rules": {"aria-prohibited-attr": {"enabled": False}}}).response
+        assert len(report["passes"]) > 30
+        assert [(rule["id"], node["target"]) for rule in report["violations"] for node in rule["nodes"]] == [], state
+
+    check("empty")
+    broken = tmp_path / "notes.mp4"
+    broken.write_text("this is not a video")
+    upload(page, broken)
+    page.locator("#status blockquote").wait_for(timeout=20_000)
+    check("an error")
+    clear(page)
+    upload(page, EXAMPLE)
+    wait_until_done(page)
+    for name in ("Objects", "Timeline", "Files"):
+        open_tab(page, name)
+        check(name)
+    page.close()
+
+
 # ---------------------------------------------------------------------------------------------------- the objects
 
 
@@ -554,6 +690,7 @@ def test_tracks_are_drawn_and_can_be_switched_off_with_the_same_detections(page)
     for is_on in (True, False):
         if not is_on:
             changed = playlist_changes(page)
+            open_more_settings(page)
             page.get_by_role("checkbox", name="Tracks").uncheck()
             changed()
         wait_until_done(page)
@@ -584,6 +721,7 @@ def test_the_table_counts_the_objects_that_are_in_the_example(page, name):
 
 
 def test_every_frame_can_be_asked_for_and_is_known_where_all_were_analysed(page):
+    open_more_settings(page)
     expect(page.get_by_role("radio", name="As many as keep up")).to_be_checked()
     choose_example(page, "bouncing-shapes")
     wait_until_done(page)
