@@ -27,10 +27,11 @@ class Visitor:
         self.answers = urllib.request.urlopen(f"{self.url}/{event}", timeout=60)
 
     def wait_for(self, pattern):
+        line = b""
         for line in self.answers:
             if re.search(pattern, line.decode()):
                 return
-        raise AssertionError(f"no answer has {pattern} in it")
+        raise AssertionError(f"no answer has {pattern} in it, the last is {line}")
 
     def leave(self):
         self.answers.close()
