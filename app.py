@@ -900,7 +900,8 @@ def replace_run(
     with new_run(request.session_hash) as run:
         time.sleep(SETTLE_SECONDS)
         first = {files: None, **buttons(running=video is not None), **first}
-        shown = [{status: WELCOME}] if video is None else show_run(run, video, settings, join_seconds)
+        nothing = {status: WELCOME, start_button: gr.update(interactive=False)}
+        shown = [nothing] if video is None else show_run(run, video, settings, join_seconds)
         for values in itertools.chain([first], shown):
             run.is_sending = True  # before the check: the next run, which does it the other way round, waits for this
             if run.is_replaced:
@@ -969,13 +970,18 @@ def buttons(running: bool) -> dict:
     return {start_button: can_start, stop_button: can_stop, is_running: running}
 
 
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def describe(analysis: Analysis, ended: str = "") -> str:
     """The status, one line."""
     seconds, elapsed = analysis.seconds, analysis.elapsed_seconds
     total, speed = analysis.info.duration_seconds, seconds / elapsed if elapsed else 0.0
     if ended:
         found, frames = analysis.results.detection_count, analysis.results.frame_count
-        line = f"{ended}: {seconds:.1f} s of video in {elapsed:.1f} s, {found:,} detections on {frames:,} frames"
+        line = f"{ended}: {seconds:.1f} s of video in {elapsed:.1f} s, "
+        line += f"{count(found, 'detection')} on {count(frames, 'frame')}"
         if frames and not found:
             line += f" · Nothing above {analysis.conf_threshold:g}. Try a lower threshold."
     elif analysis.waits_for_gpu:
@@ -1004,6 +1010,7 @@ def progress_bar(analysis: Analysis) -> str:
         jpeg = base64.b64encode(analysis.first_frame_jpeg).decode()
         picture = f'<img alt="First frame" src="data:image/jpeg;base64,{jpeg}">'
     bar = f'<progress value="{analysis.seconds:.1f}" max="{analysis.info.duration_seconds:.1f}"></progress>'
+    bar = f'<div class="bar">{bar}</div>'
     waiting = "" if analysis.is_end else "Waiting for more…"
     return f'{picture}{bar}<span class="waiting">{waiting}</span><span class="beyond">Not analysed yet.</span>'
 
@@ -1083,7 +1090,7 @@ def check_argument(name: str, value: object) -> object:
     raise gr.Error(message, title="Wrong argument", print_exception=False)
 
 
-WEBCAM = gr.WebcamOptions(constraints={"video": {"width": {"ideal": 1280}, "height": {"ideal": 720}}})
+WEBCAM = gr.WebcamOptions(mirror=False, constraints={"video": {"width": {"ideal": 1280}, "height": {"ideal": 720}}})
 STREET_VIDEO = "https://github.com/intel-iot-devkit/sample-videos/raw/master/person-bicycle-car-detection.mp4"
 ASSETS = Path(__file__).parent / "assets"
 
@@ -1107,7 +1114,7 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
             with gr.Column(elem_id="settings"):
                 threshold = gr.Slider(
                     0, 1, 0.30, step=0.05, label="Confidence threshold",
-                    info=f"Scores below {MIN_SCORE} are discarded.", elem_id="threshold",
+                    info="How sure the model must be of an object, from 0 to 1.", elem_id="threshold",
                 )  # fmt: skip
                 classes = gr.Dropdown(
                     list(DETECTOR.id2label.values()), multiselect=True, label="Classes",
@@ -1117,7 +1124,8 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
                     names = ("Faster (half size, every 2nd frame)", "Full quality")
                     choices = list(zip(names, RESOLUTIONS, strict=True))
                     resolution = gr.Radio(choices, value=HALF, label="Size and frame rate")
-                    analysed = gr.Radio([KEEP_UP, EVERY_FRAME], value=KEEP_UP, label="Frames analysed")
+                    choices = [("Skip frames to keep up", KEEP_UP), ("Every frame", EVERY_FRAME)]
+                    analysed = gr.Radio(choices, value=KEEP_UP, label="Frames analysed")
                     tracks = gr.Checkbox(True, label="Tracks", info="Show object numbers and trails.")
         with gr.Column(scale=5):
             with gr.Column(elem_id="screen"):
@@ -1162,7 +1170,7 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
         )  # fmt: skip
     demo.unload(stop)  # with this, Gradio 6.31 notices the end of a session, and frees what belongs to it
     sound_button.click(None, js="turnSoundOn", api_visibility="private")
-    stop_button.click(stop, js="stopUpdating", queue=False, show_progress="hidden", api_visibility="private")
+    stop_button.click(stop, queue=False, show_progress="hidden", api_visibility="private")
     # Programs have the page's settings, with the same defaults. `detect_video` checks them, not Gradio.
     uploaded = gr.Video(label="Video", visible=False)
     with_video = gr.Checkbox(True, label="Annotated video", visible=False)

@@ -30,17 +30,15 @@ const turnSoundOn = () => {
 let resumePoint = null;  // the previous stream: its URL and position in seconds
 const startOver = (...inputs) => {
     resumePoint = null;
-    for (const state of ["playing", "updating", "beyond", "muted"]) mark(state, false);
+    for (const state of ["playing", "beyond", "muted"]) mark(state, false);
     showPlayer();
     return inputs;
 };
 const resume = (...inputs) => {
     const video = player();
     if (!resumePoint && video && !video.ended) resumePoint = {src: video.currentSrc, seconds: video.currentTime};
-    mark("updating", Boolean(video));
     return [...inputs.slice(0, -1), resumePoint?.seconds ?? 0];
 };
-const stopUpdating = () => mark("updating", false);
 const restorePosition = ({target: video, type}) => {
     if (!resumePoint || video !== player() || video.currentSrc === resumePoint.src) return;
     const {seconds} = resumePoint;
@@ -94,6 +92,7 @@ document.addEventListener("click", (event) => {
     showPlayer();
 });
 document.addEventListener("mousemove", (event) => {
+    event.target.closest("#table [title=Objects]")?.setAttribute("title", "Counted once seen for a second");
     const seconds = Math.floor(secondsAt(event));
     if (!(player() && seconds >= 0)) return;
     const clock = `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, "0")}`;
