@@ -103,7 +103,8 @@ GPU_RESERVE_SECONDS = 4  # of GPU_SECONDS, to finish the last chunk
 CONCURRENT_RUNS = 32 if ON_ZEROGPU else 4  # others wait in a queue
 MAX_RUNS = 100  # including those that wait
 KEPT_SECONDS = 3600  # uploads and results, after their last use
-MIN_FREE_DISK = 0.05  # of the disk; below, a new run is refused
+MIN_FREE_DISK = 0.05  # of the disk, but at most `MIN_FREE_BYTES`; below, a new run is refused
+MIN_FREE_BYTES = 1 << 30
 
 # ------------------------------------------------------------------------------------------------------ generator
 
@@ -535,7 +536,7 @@ RUNS = RunQueue(CONCURRENT_RUNS, MAX_RUNS)
 def new_run(session: object) -> Run:
     """As `RunQueue.new_run`, with a sentence for the visitor if the queue or the disk is full."""
     disk = shutil.disk_usage(tempfile.gettempdir())
-    if disk.free < MIN_FREE_DISK * disk.total:
+    if disk.free < min(MIN_FREE_DISK * disk.total, MIN_FREE_BYTES):
         raise gr.Error("The disk of the server is almost full. Try again in an hour.", title="Busy")
     try:
         return RUNS.new_run(session)

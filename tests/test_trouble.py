@@ -163,10 +163,14 @@ def test_a_disk_that_fills_up_after_the_stream_costs_only_the_files(video, monke
     assert lines[-1] == error.message == "The server could not store the result. Its disk may be full."
 
 
-def test_on_an_almost_full_disk_a_new_run_is_refused_with_a_sentence(video, monkeypatch):
-    monkeypatch.setattr(app.shutil, "disk_usage", lambda _: SimpleNamespace(total=1000, used=951, free=49))
+@pytest.mark.parametrize(
+    ("total", "free", "is_refused"), [(1000, 49, True), (1000, 51, False), (1 << 40, 2 << 30, False)]
+)
+def test_on_an_almost_full_disk_a_new_run_is_refused_with_a_sentence(total, free, is_refused, video, monkeypatch):
+    monkeypatch.setattr(app.shutil, "disk_usage", lambda _: SimpleNamespace(total=total, free=free))
     _, _, error = watch(video)
-    assert error.message == "The disk of the server is almost full. Try again in an hour."
+    assert (error is not None) == is_refused
+    assert not error or error.message == "The disk of the server is almost full. Try again in an hour."
 
 
 def test_files_go_an_hour_after_their_last_use(video):
