@@ -25,7 +25,7 @@ CUT_CHANGE, CUT_FACTOR = 25, 1.5
 # Chosen on rendered scenes, on simulated people and on a public sequence of real ones; tests/README.md has the figures.
 LOST_SECONDS = 1.5  # how long an object keeps its number while out of sight
 NEW_SECONDS = 0.25  # how long a new object must be seen for its number
-NEW_WEIGHT = 0.25  # of a match with an object that has no number yet: those that have one come first
+NEW_WEIGHT = 0.1  # of a match with an object that has no number yet: those that have one come first
 SMOOTHING_SECONDS = 0.16  # time constant of the boxes that the tracker predicts from
 NEAR = 0.4  # box sizes: at this distance, two boxes are 1/e as alike as in the same place
 MIN_LIKENESS = 0.005  # for two boxes to match: at most 2.1 box sizes apart
