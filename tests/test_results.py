@@ -226,7 +226,7 @@ def many_frames(count, numbers, seed=0):
 
 
 def results_of(frames, seconds):
-    pts_seconds = np.zeros(1 + max(frame.source_index for frame in frames))
+    pts_seconds = np.zeros(1 + max([frame.source_index for frame in frames], default=0))
     for frame in frames:
         pts_seconds[frame.source_index] = frame.pts_seconds
     info = SimpleNamespace(duration_seconds=seconds, pts_seconds=pts_seconds)

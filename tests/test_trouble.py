@@ -72,7 +72,8 @@ def test_without_any_memory_there_is_a_sentence_and_the_next_visitor_is_served(v
         patch.setattr(app.DETECTOR.model, "forward", with_memory_for(0, app.DETECTOR.model.forward))
         pictures, lines, error = watch(video)
     assert not pictures
-    assert error.message == lines[-1] == "The server is out of memory. Try again in a minute."
+    assert error.message == "The server is out of memory. Try again in a minute."
+    assert lines[-1] == f"> {error.message}"
     assert len(watch(video)[0]) == 41
 
 
@@ -128,7 +129,7 @@ def test_what_was_made_before_something_failed_is_not_lost(video, monkeypatch, c
     monkeypatch.setattr(app.DETECTOR, "_forward_pass", failing)
     pictures, lines, error = watch(video)
     assert len(pictures) == 30
-    assert lines[-1] == error.message
+    assert lines[-1] == f"> {error.message}"
     assert error.message.startswith("Something went wrong on the server; its log has the details.")
     assert error.message.endswith("The first 2 seconds are complete. Press “Run again” to resume from there.")
     assert "RuntimeError: cannot read" in caplog.text, "the log has the traceback"
@@ -149,7 +150,8 @@ def files_limited_to(size):
 def test_a_full_disk_gets_a_sentence_and_the_next_visitor_is_served(video, size):
     with files_limited_to(size):
         _, lines, error = watch(video)
-    assert lines[-1] == error.message == "The server could not store the result. Its disk may be full."
+    assert error.message == "The server could not store the result. Its disk may be full."
+    assert lines[-1] == f"> {error.message}"
     assert len(watch(video)[0]) == 41
 
 
@@ -160,7 +162,8 @@ def test_a_disk_that_fills_up_after_the_stream_costs_only_the_files(video, monke
     monkeypatch.setattr(app, "join_chunks", fail)
     pictures, lines, error = watch(video)
     assert len(pictures) == 41
-    assert lines[-1] == error.message == "The server could not store the result. Its disk may be full."
+    assert error.message == "The server could not store the result. Its disk may be full."
+    assert lines[-1] == f"> {error.message}"
 
 
 @pytest.mark.parametrize(
