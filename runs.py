@@ -9,6 +9,7 @@ thread, which owns all that the run has opened, and whoever looks at the queue n
 import atexit
 import contextlib
 import contextvars
+import gc
 import itertools
 import logging
 import os
@@ -20,6 +21,8 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator
 from queue import Empty, SimpleQueue
 from typing import TypeVar
+
+PATIENCE_SECONDS = 5  # without a request, until the garbage collector looks for callers that are gone
 
 T = TypeVar("T")
 log = logging.getLogger("rt-detr-stream")
@@ -55,6 +58,7 @@ class RunQueue:
         self.concurrent, self.limit = concurrent, limit
         self._runs: dict[object, Run] = {}
         self._lock = threading.Lock()
+        self._collected = time.monotonic()
 
     def __len__(self) -> int:
         with self._current() as runs:
@@ -83,7 +87,11 @@ class RunQueue:
         """How many runs must end before this one is in progress."""
         with self._current() as runs:
             before = itertools.takewhile(lambda other: other is not run, runs.values())
-            return max(0, len(list(before)) - self.concurrent + 1)
+            position = max(0, len(list(before)) - self.concurrent + 1)
+        if position and time.monotonic() > self._collected + 2 * PATIENCE_SECONDS:
+            self._collected = time.monotonic()
+            gc.collect()  # those before may have been dropped, too
+        return position
 
     def stop(self, session: object) -> None:
         """Ends the session's run. Everything that it has sent stays."""
@@ -113,7 +121,7 @@ class BackgroundThread(threading.Thread):
     def __init__(self, niceness: int):
         super().__init__(name="prefetch", daemon=True)
         self.niceness = niceness
-        # What to do: (context, items, results, clean_up) to serve these; then True for the next item, False to close
+        # What to do: the arguments of `_serve` to serve these; then True for the next item, False to close
         # them. None, at the exit of the process, ends this, whatever it is.
         self.inbox: SimpleQueue[tuple | bool | None] = SimpleQueue()
 
@@ -135,9 +143,10 @@ class BackgroundThread(threading.Thread):
         items: Generator[T],
         results: "SimpleQueue[tuple[T | None, BaseException | None]]",
         clean_up: Callable[[], object],
+        patience_seconds: float | None,
     ) -> None:
         try:
-            while self.inbox.get():
+            while self._is_asked(patience_seconds):
                 try:
                     results.put((context.run(next, items), None))
                 except BaseException as error:  # StopIteration, too
@@ -147,6 +156,17 @@ class BackgroundThread(threading.Thread):
             context.run(items.close)
         finally:
             clean_up()
+
+    def _is_asked(self, patience_seconds: float | None) -> bool:
+        """Waits for a request. Whether it is for another item, not to close.
+
+        A caller that was dropped in a reference cycle stays until a full collection, which a large process rarely does.
+        """
+        while True:
+            try:
+                return bool(self.inbox.get(timeout=patience_seconds))
+            except Empty:
+                gc.collect()
 
 
 # By process id, because a forked process has none of its parent's threads, and by niceness.
@@ -192,7 +212,8 @@ class Prefetcher(Iterator[T]):
             thread = BackgroundThread(niceness)
             thread.start()
         # The context has the visitor's request, which ZeroGPU reads.
-        thread.inbox.put((contextvars.copy_context(), items, self._results, clean_up))
+        patience_seconds = PATIENCE_SECONDS if heartbeat_seconds else None  # who wants a heartbeat asks at once
+        thread.inbox.put((contextvars.copy_context(), items, self._results, clean_up, patience_seconds))
         self._thread, self._has_begun = thread, False
 
     def __next__(self) -> T | None:

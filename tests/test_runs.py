@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 from streams import all_end
 
+import runs
 from runs import BusyError, Prefetcher, RunQueue
 
 # ---------------------------------------------------------------------------------------------------------- queue
@@ -142,6 +143,43 @@ def test_one_that_is_dropped_in_a_cycle_is_closed_by_its_own_thread(new_threads)
     gc.collect()
     assert all_end(new_threads)
     assert closed_by == [thread] != [threading.current_thread()]
+
+
+def test_a_caller_that_is_dropped_in_a_cycle_is_noticed_without_a_collection_by_python(monkeypatch):
+    monkeypatch.setattr(runs, "PATIENCE_SECONDS", 0.2)
+    closed = threading.Event()
+    cycle = [Prefetcher(iter_once(), heartbeat_seconds=0.1, clean_up=closed.set)]
+    cycle.append(cycle)
+    gc.disable()
+    try:
+        next(cycle[0])
+        del cycle
+        assert closed.wait(5)
+    finally:
+        gc.enable()
+
+
+def test_who_waits_does_not_wait_for_a_dropped_run(monkeypatch):
+    monkeypatch.setattr(runs, "PATIENCE_SECONDS", 0.1)
+    queue = RunQueue(concurrent=1, limit=2)
+
+    def run_of_a_visitor():
+        with queue.new_run("gone"):
+            yield
+
+    cycle = [run_of_a_visitor()]
+    cycle.append(cycle)
+    gc.disable()
+    try:
+        next(cycle[0])
+        del cycle
+        with queue.new_run("waiting") as run:
+            deadline = time.monotonic() + 5
+            while queue.position(run) and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert queue.position(run) == 0
+    finally:
+        gc.enable()
 
 
 def test_what_items_have_made_stays_until_the_end_is_closed():

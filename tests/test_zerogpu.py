@@ -131,7 +131,7 @@ def test_the_next_run_gets_another_worker_after_one_was_killed(happened):
 def test_a_visitor_who_leaves_gives_the_gpu_back(happened):
     run = happened("visitor_who_leaves")
     assert run["seconds_to_close"] < 0.1, "the event loop has other visitors"
-    assert run["seconds_to_release"] < 10, "the rest of the video takes twice as long"
+    assert run["seconds_to_release"] < 20, "the rest of the video takes twice as long"
     assert run["releases"][0][1] is False
     assert run["left"] == []
 

@@ -254,7 +254,7 @@ def killed_worker(video: str, platform: Platform) -> dict:
 
 
 def visitor_who_leaves(video: str, platform: Platform) -> dict:
-    long_video = str(Kind("long", frames=1500).make(FOLDER))
+    long_video = str(Kind("long", frames=3000).make(FOLDER))
 
     def leave_after_a_chunk() -> float:
         updates = analysis_of(long_video, 1.0).stream()
