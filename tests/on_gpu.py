@@ -214,7 +214,7 @@ def measure_stages(video: str, detector: app.Detector) -> None:
             with ChunkWriter(folder, part[0].shape[1::-1], fps, 0) as writer:
                 for image in part:
                     writer.write(image)
-                return writer.close()
+            return writer.path
 
         stages["encoding"] = median_ms(encode) / len(part)
         chunk, player, loop = encode(), gr.Video(streaming=True), asyncio.new_event_loop()
