@@ -126,7 +126,9 @@ class ObjectTracker:
         """The track of each detection."""
         tracks = self._tracks
         tracks["frames_missed"] += 1
-        tracks["xyxy"] += np.tile(tracks["velocity"], 2)
+        centres = (tracks["xyxy"][:, :2] + tracks["xyxy"][:, 2:]) / 2
+        moved = (centres + tracks["velocity"]).clip(0, 1)  # an object may leave the picture and return
+        tracks["xyxy"] += np.tile(moved - centres, 2)
         tracks["xyxy"] += np.tile(camera_shift(tracks, detections), 2)
         rows, columns = match(expected(tracks), detections)
         is_new = np.ones(len(detections), bool)
