@@ -126,7 +126,7 @@ class ObjectTracker:
         """The track of each detection."""
         tracks = self._tracks
         tracks["frames_missed"] += 1
-        centres = (tracks["xyxy"][:, :2] + tracks["xyxy"][:, 2:]) / 2
+        centres = _centres(tracks["xyxy"])
         moved = (centres + tracks["velocity"]).clip(0, 1)  # an object may leave the picture and return
         tracks["xyxy"] += np.tile(moved - centres, 2)
         tracks["xyxy"] += np.tile(camera_shift(tracks, detections), 2)
@@ -165,7 +165,7 @@ class ObjectTracker:
         relative to the frame, from the last `TRAIL_SECONDS`. To be called once per frame, in order."""
         recent = Detections.merge(self._recent)
         self._recent.append(detections[detections.tracker_id > 0])
-        centres = (recent.xyxy[:, :2] + recent.xyxy[:, 2:]) / 2
+        centres = _centres(recent.xyxy)
         objects = zip(detections.class_id, detections.tracker_id, strict=True)
         return [centres[(recent.class_id == label) & (recent.tracker_id == number)] for label, number in objects]
 
@@ -190,7 +190,7 @@ def camera_shift(tracks: np.ndarray, detections: Detections) -> np.ndarray:
     needed = 2 * likeness(seen, detections).max(axis=1).mean()
     if needed > 1:  # saves time
         return still[0]
-    offsets = _centres(detections) - _centres(seen)[:, None]
+    offsets = _centres(detections.xyxy) - _centres(seen.xyxy)[:, None]
     fits = likeness(seen, detections, offsets) > math.exp(-1)  # in class and size: each is moved onto each
     shifts = np.concatenate((still, offsets[:SHIFT_PROPOSERS][fits[:SHIFT_PROPOSERS]]))
     alike = likeness(seen, detections, shifts[:, None, None])
@@ -220,14 +220,15 @@ def likeness(some: Detections, others: Detections, shifts: np.ndarray | int = 0)
     to sums of distances they are the same.
     """
     sizes, other_sizes = (np.maximum(found.xyxy[:, 2:] - found.xyxy[:, :2], 1e-6) for found in (some, others))
-    offsets = _centres(others) - _centres(some)[:, None]
+    offsets = _centres(others.xyxy) - _centres(some.xyxy)[:, None]
     distances = np.linalg.norm((offsets - shifts) / ((sizes[:, None] + other_sizes) / 2), axis=-1)
     growth = np.abs(np.log(sizes[:, None] / other_sizes)).sum(axis=-1)
     return np.exp(-distances / NEAR - growth) * (some.class_id[:, None] == others.class_id)
 
 
-def _centres(detections: Detections) -> np.ndarray:
-    return (detections.xyxy[:, :2] + detections.xyxy[:, 2:]) / 2
+def _centres(xyxy: np.ndarray) -> np.ndarray:
+    """(N, 2) of boxes (N, 4)."""
+    return (xyxy[:, :2] + xyxy[:, 2:]) / 2
 
 
 # ------------------------------------------------------------------------------------------------- skipped frames
