@@ -875,34 +875,39 @@ SETTLE_SECONDS = 0.1  # debounce: each step of a dragged slider starts a run, wh
 PICTURE_AFTER_SECONDS = 1  # the first frame is shown as a picture if the first chunk takes longer
 WELCOME = "Upload a video, record one, or click an example."
 
-# Handlers yield new values for components of the page, which are defined below. Their settings are the confidence
-# threshold and the fields of `Options`, in that order.
+# Handlers get the fields of `Options` by name, and yield new values for components of the page, defined below.
 
 
-def start(request: gr.Request, video: str | None, *settings: object) -> Iterator[dict]:
+def start(video: str | None, conf_threshold: float, request: gr.Request, **options: object) -> Iterator[dict]:
     """Another video, or the same one from its beginning, on an empty page."""
     empty = {player: gr.update(value=None), table: None, plot: None, progress: ""}
-    yield from replace_run(request, video, settings, empty)
+    yield from replace_run(request, empty, video, conf_threshold, Options(**options))
 
 
-def redraw(request: gr.Request, video: str | None, *settings_and_playhead: object) -> Iterator[dict]:
+def redraw(
+    video: str | None, conf_threshold: float, playhead_seconds: float, request: gr.Request, **options: object
+) -> Iterator[dict]:
     """Other settings for the same video. What is shown stays until there is something new.
 
-    The last argument is the viewer's position in seconds: cached frames up to there come at once.
+    `playhead_seconds` is the viewer's position: cached frames up to there come at once.
     """
-    *settings, playhead_seconds = settings_and_playhead
-    yield from replace_run(request, video, settings, {}, playhead_seconds)
+    yield from replace_run(request, {}, video, conf_threshold, Options(**options), playhead_seconds)
 
 
 def replace_run(
-    request: gr.Request, video: str | None, settings: Sequence, first: dict, join_seconds: float = 0
+    request: gr.Request,
+    first: dict,
+    video: str | None,
+    conf_threshold: float,
+    options: Options,
+    join_seconds: float = 0,
 ) -> Iterator[dict]:
     """Ends the session's run and shows another one. Nothing of the old one reaches the page after `first`."""
     with new_run(request.session_hash) as run:
         time.sleep(SETTLE_SECONDS)
         first = {files: None, **buttons(running=video is not None), **first}
         nothing = {status: WELCOME, start_button: gr.update(interactive=False)}
-        shown = [nothing] if video is None else show_run(run, video, settings, join_seconds)
+        shown = [nothing] if video is None else show_run(run, video, conf_threshold, options, join_seconds)
         for values in itertools.chain([first], shown):
             run.is_sending = True  # before the check: the next run, which does it the other way round, waits for this
             if run.is_replaced:
@@ -914,7 +919,7 @@ def replace_run(
     yield {status: gr.skip()}
 
 
-def show_run(run: Run, video: str, settings: Sequence, join_seconds: float = 0) -> Iterator[dict]:
+def show_run(run: Run, video: str, conf_threshold: float, options: Options, join_seconds: float = 0) -> Iterator[dict]:
     """A run from the queue to its end: status, chunks, results so far, and then files.
 
     Raises:
@@ -925,8 +930,7 @@ def show_run(run: Run, video: str, settings: Sequence, join_seconds: float = 0) 
             yield {status: f"Waiting in the queue: position {position}."}
             time.sleep(HEARTBEAT_SECONDS)
         yield {status: "Reading the video…"}
-        conf_threshold, *options = settings
-        analysis, failure = Analysis(video, conf_threshold, Options(*options), resumes=join_seconds > 0), None
+        analysis, failure = Analysis(video, conf_threshold, options, resumes=join_seconds > 0), None
         with contextlib.closing(analysis.stream(join_seconds)) as updates:
             try:
                 while not (run.is_stopped or analysis.is_end):
@@ -1051,10 +1055,10 @@ def detect_video(
     Returns:
         The annotated video as one mp4 file with sound, and the detections, as README.md describes them.
     """
-    given = zip(ARGUMENTS, (video, conf_threshold, classes, resolution, analysed, tracks, video_output), strict=True)
-    path, *settings = [check_argument(*argument) for argument in given]
+    options = {name: check_argument(name, value) for name, value in locals().items()}
+    path, conf_threshold = options.pop("video"), options.pop("conf_threshold")
     with new_run(object()) as run:
-        for values in show_run(run, path, settings):
+        for values in show_run(run, path, conf_threshold, Options(**options)):
             if files in values:
                 saved = {Path(path).suffix: path for path in values[files]}
                 yield saved.get(".mp4"), json.loads(Path(saved[".json"]).read_text(encoding="utf-8"))
@@ -1153,17 +1157,18 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
                         label="Available when the run ends", file_count="multiple", interactive=False, elem_id="files"
                     )
 
-    settings = [source, threshold, classes, resolution, analysed, tracks]
+    options = {"classes": classes, "resolution": resolution, "analysed": analysed, "tracks": tracks}
     is_running = gr.State(False)
     shown = [player, status, table, plot, files, progress, start_button, stop_button, is_running]
     # A new run replaces the one before, and runs have a queue of their own.
-    run = {"outputs": shown, "trigger_mode": "multiple", "concurrency_limit": None, "show_progress": "hidden"}
+    run = {"outputs": shown, "inputs_kwargs": options, "trigger_mode": "multiple", "concurrency_limit": None}
+    run |= {"show_progress": "hidden"}
     new_source = [source.change, start_button.click]
     api = {"api_name": "stream_object_detection", "api_visibility": "undocumented"}  # a stream is of no use to programs
-    started = gr.on(new_source, start, settings, js="startOver", **api, **run)
-    changes = [setting.change for setting in settings[1:]]
+    started = gr.on(new_source, start, [source, threshold], js="startOver", **api, **run)
+    changes = [setting.change for setting in (threshold, *options.values())]
     playhead = gr.Number(0, visible=False)
-    redrawn = gr.on(changes, redraw, [*settings, playhead], js="resume", api_visibility="private", **run)
+    redrawn = gr.on(changes, redraw, [source, threshold, playhead], js="resume", api_visibility="private", **run)
     for event in (started, redrawn):
         event.failure(
             allow_another_run, is_running, [status, start_button, stop_button, is_running],
@@ -1175,15 +1180,16 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
     # Programs have the page's settings, with the same defaults. `detect_video` checks them, not Gradio.
     uploaded = gr.Video(label="Video", visible=False)
     with_video = gr.Checkbox(True, label="Annotated video", visible=False)
-    arguments = dict(zip(ARGUMENTS, [uploaded, *settings[1:], with_video], strict=True))
+    arguments = {"video": uploaded, "conf_threshold": threshold, **options, "video_output": with_video}
     for name, component in arguments.items():  # what the page about the API says of it
         api_info = component.api_info() | {"additional_description": ARGUMENTS[name]}
         component.api_info = partial(dict, api_info)
     uploaded.data_model = None
     results = [gr.Video(label="Annotated video", visible=False), gr.JSON(label="Result", visible=False)]
     gr.Button(visible=False).click(
-        detect_video, [*arguments.values()], results, api_name="detect_video", preprocess=False, concurrency_limit=None
-    )
+        detect_video, [], results, inputs_kwargs=arguments, api_name="detect_video", preprocess=False,
+        concurrency_limit=None,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -34,10 +34,10 @@ const startOver = (...inputs) => {
     showPlayer();
     return inputs;
 };
-const resume = (...inputs) => {
+const resume = (source, threshold, playhead, ...options) => {
     const video = player();
     if (!resumePoint && video && !video.ended) resumePoint = {src: video.currentSrc, seconds: video.currentTime};
-    return [...inputs.slice(0, -1), resumePoint?.seconds ?? 0];
+    return [source, threshold, resumePoint?.seconds ?? 0, ...options];
 };
 const restorePosition = ({target: video, type}) => {
     if (!resumePoint || video !== player() || video.currentSrc === resumePoint.src) return;
