@@ -1142,17 +1142,17 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
                 start_button = gr.Button("Run again", interactive=False, size="md", min_width=100)
                 stop_button = gr.Button("Stop", interactive=False, size="md", min_width=100, elem_id="stop")
             with gr.Tabs(elem_id="results"):
-                with gr.Tab("Objects"):
+                with gr.Tab("Objects", render_children=True):
                     table = gr.Dataframe(
                         headers=TABLE_HEADERS, column_widths=["25%", "22%", "21%", "16%", "16%"], show_label=False,
                         buttons=[], interactive=False, elem_id="table",
                     )  # fmt: skip
-                with gr.Tab("Timeline"):
+                with gr.Tab("Timeline", render_children=True):
                     plot = gr.LinePlot(
                         pd.DataFrame(columns=["second", "class", "count"]), x="second", y="count", color="class",
                         x_title="Seconds", y_title="Most at once", y_axis_format="d", height=210, elem_id="plot",
                     )  # fmt: skip
-                with gr.Tab("Files"):
+                with gr.Tab("Files", render_children=True):
                     files = gr.File(
                         label="Available when the run ends", file_count="multiple", interactive=False, elem_id="files"
                     )
