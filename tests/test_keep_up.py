@@ -189,7 +189,7 @@ def test_stop_in_mid_chunk_answers_at_once_and_keeps_the_chunks_before(video, sl
     monkeypatch.setattr(app.DETECTOR, "batch_frames", 2)
     with (
         app.new_run("a visitor") as current,
-        contextlib.closing(app.show_run(current, video, [0.3])) as values,
+        contextlib.closing(app.show_run(current, video, 0.3, app.Options())) as values,
     ):
         for value in values:
             if app.player in value:
