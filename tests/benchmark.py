@@ -6,6 +6,7 @@
     python tests/benchmark.py --model r50 --outside             # without its forward pass, also on a CPU
     python tests/benchmark.py --video street.mp4 --device cuda  # any video, on a GPU
     python tests/benchmark.py --memory                          # does memory grow with the video?
+    python tests/benchmark.py --visitors                        # 1, 4 and 16 visitors at once, 9 minutes
 
 Both sides show the same video with the same weights, in turns, each turn in a process of its own: a loop that
 shares its process with another inherits its warm caches, its threads and its memory. A turn begins with a
@@ -23,6 +24,7 @@ app with every frame, and the app with as many frames as keep up: only the first
 import argparse
 import asyncio
 import itertools
+import json
 import math
 import multiprocessing
 import os
@@ -33,8 +35,9 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -282,9 +285,9 @@ def run_in_its_own_process(job: Job, turn: Callable[[Job], dict] = measure) -> d
         return pool.submit(turn, job).result()
 
 
-def memory_mb(field: str) -> float:
-    """What Linux says of this process: `VmRSS` is its memory now, `VmHWM` the most that there was of it."""
-    status = Path("/proc/self/status")
+def memory_mb(field: str, process: int | str = "self") -> float:
+    """What Linux says of a process: `VmRSS` is its memory now, `VmHWM` the most that there was of it."""
+    status = Path(f"/proc/{process}/status")
     return int(re.search(rf"{field}:\s+(\d+)", status.read_text())[1]) / 1000 if status.exists() else math.nan
 
 
@@ -445,6 +448,61 @@ def compare_memory(folder: Path, asks_model: bool) -> list[str]:
     return lines
 
 
+VISITORS = (1, 4, 16)
+VISIT_SECONDS = 30  # of the video that they watch
+MOVES = ((5, 0.4), (15, 0.5))  # of the slider: the second of the video, the threshold
+VISITOR_ROWS = {  # the same for `measure_visitors`
+    "first": ("first chunk after, median and maximum", "{:.1f}, {:.1f} s"),
+    "back": ("after a move, back at the same place after", "{:.1f}, {:.1f} s"),
+    "halted": ("the video stands still for", "{:.1f}, {:.1f} s"),
+    "end": ("at its end after", "{:.0f}, {:.0f} s"),
+    "memory_mb": ("memory of the process at most, and a minute later, above before", "{:.0f}, {:.0f} MB"),
+}
+
+
+def measure_visitors(count: int, video: str, folder: Path) -> dict[str, list[float]]:
+    """What each of some visitors sees who come at once, and what the server keeps of them."""
+    from conftest import running_app
+    from visitors import Viewer, upload
+
+    with running_app(folder) as (server, pid), ThreadPoolExecutor(count) as pool:
+        with urllib.request.urlopen(f"{server}/config", timeout=30) as answer:
+            handlers = {event["api_name"]: event["id"] for event in json.load(answer)["dependencies"]}
+        handlers["start"] = handlers["stream_object_detection"]
+        path = upload(server, Path(video))
+        before, most = memory_mb("VmRSS", pid), 0.0
+        viewers = [Viewer(server, path, handlers) for _ in range(count)]
+        visits = [
+            pool.submit(viewer.watch, MOVES, [[], "Half (fast)", "As many as keep up", True]) for viewer in viewers
+        ]
+        while not all(visit.done() for visit in visits):
+            most = max(most, memory_mb("VmRSS", pid))
+            time.sleep(0.5)
+        for viewer in viewers:
+            viewer.leave()
+        time.sleep(60)
+        seen = [visit.result() for visit in visits]
+        columns = {
+            key: list(itertools.chain(*([row[key]] if key != "back" else row[key] for row in seen))) for key in seen[0]
+        }
+        return columns | {"memory_mb": [most - before, memory_mb("VmRSS", pid) - before]}
+
+
+def compare_visitors(folder: Path) -> list[str]:
+    """The table of several numbers of visitors, each with a server of its own."""
+    clip = render_street(folder / "clip.mp4", 480, 270, 10)
+    video = remux(clip, folder / "visit.mp4", loops=VISIT_SECONDS // 10)
+    columns = []
+    for count in VISITORS:
+        (folder / str(count)).mkdir()
+        columns.append(measure_visitors(count, video, folder / str(count)))
+    lines = ["", f"| {describe(video)} | {' | '.join(map(str, VISITORS))} |", f"|---|{'--:|' * len(VISITORS)}"]
+    for key, (name, form) in VISITOR_ROWS.items():
+        pairs = [c[key] if key == "memory_mb" else (statistics.median(c[key]), max(c[key])) for c in columns]
+        lines.append(f"| {name} | {' | '.join(form.format(*pair) for pair in pairs)} |")
+    return lines
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--video", action="append", help="a video file; without it, streets are rendered")
@@ -456,6 +514,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, help="at most this much of each video (default 8; r18, r50: 20)")
     parser.add_argument("--outside", action="store_true", help="a constant answer instead of the forward pass")
     parser.add_argument("--memory", action="store_true", help="compare the app's peak memory instead")
+    parser.add_argument("--visitors", action="store_true", help="what visitors see who come at once, instead")
     options = parser.parse_args(arguments)
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -471,6 +530,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"{os.cpu_count()} cores ({cpu}), {gpu}, torch {torch.__version__}", flush=True)
         if options.memory:
             print(*compare_memory(folder, not options.outside), sep="\n")
+            return
+        if options.visitors:
+            print(*compare_visitors(folder), sep="\n")
             return
         warm_up = render_street(folder / "warm-up.mp4", 160, 96, seconds=2, fps=4)
         measures_pace = options.model in ("r18", "r50") and not options.outside and not torch.cuda.is_available()

@@ -1,8 +1,13 @@
 """Visitors who are programs that speak plain HTTP, so that they can go without a word."""
 
+import contextlib
 import json
 import re
+import threading
+import time
+import urllib.error
 import urllib.request
+import uuid
 
 
 class Visitor:
@@ -45,3 +50,85 @@ def upload(server, path):
     kind = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
     with urllib.request.urlopen(urllib.request.Request(f"{server}/gradio_api/upload", body, kind)) as response:
         return json.load(response)[0]
+
+
+class Viewer:
+    """A page without a browser: it watches a stream, as hls.js does, and changes the threshold.
+
+    Each run is a call of the handlers that the page calls, `start` and then `redraw`, within one session.
+    """
+
+    def __init__(self, server, path, handlers):
+        self.server, self.handlers, self.session = f"{server}/gradio_api", handlers, uuid.uuid4().hex
+        self.video = {"path": path, "meta": {"_type": "gradio.FileData"}}
+        self.playlist, self.is_gone = None, False  # the address of the newest one
+        self.heartbeat = urllib.request.urlopen(f"{self.server}/heartbeat/{self.session}", timeout=300)
+
+    def join(self, handler, *data):
+        body = {"fn_index": self.handlers[handler], "session_hash": self.session, "data": [self.video, *data]}
+        request = urllib.request.Request(
+            f"{self.server}/queue/join", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        urllib.request.urlopen(request, timeout=30).close()
+
+    def listen(self):
+        """Keeps `playlist` up to date."""
+        while not self.is_gone:
+            with urllib.request.urlopen(
+                f"{self.server}/queue/data?session_hash={self.session}", timeout=300
+            ) as answers:
+                for line in answers:
+                    if self.is_gone:
+                        return
+                    if found := re.search(r"/stream/[^\"]+/playlist\.m3u8", line.decode()):
+                        self.playlist = found[0]
+            time.sleep(0.1)  # it ends with the last run
+
+    def watch(self, moves, options):
+        """Plays the video. Returns the seconds until the first chunk, to the end, at a halt, and after each move.
+
+        After a move, it takes until the new stream has got to the viewer's place.
+
+        Args:
+            moves: For each, the second of the video after which it comes, and the threshold.
+            options: The values of the other settings.
+        """
+        threading.Thread(target=self.listen, daemon=True).start()
+        began = last = time.monotonic()
+        self.join("start", 0.3, *options)
+        position, halted, first_chunk, moves, back, moved = 0.0, 0.0, None, list(moves), [], None
+        shown, available, has_ended, segments = None, 0.0, False, set()
+        while not (has_ended and position >= available):
+            time.sleep(0.25)
+            with contextlib.suppress(urllib.error.HTTPError):  # a stream goes just before the next one is announced
+                seconds, ended = self.read(self.playlist, segments) if self.playlist else (0.0, False)
+                if self.playlist == shown or seconds > position:
+                    if self.playlist != shown and moved:
+                        back.append(time.monotonic() - moved)
+                    shown, available, has_ended = self.playlist, seconds, ended
+            now = time.monotonic()
+            if first_chunk is None and available:
+                first_chunk = now - began
+            elif available:
+                played = min(now - last, available - position)
+                position, halted = position + played, halted + now - last - played
+            last = now
+            if moves and position > moves[0][0]:
+                moved, (_, threshold) = now, moves.pop(0)
+                self.join("redraw", threshold, position, *options)
+                has_ended = False
+        return {"first": first_chunk, "end": time.monotonic() - began, "halted": halted, "back": back}
+
+    def read(self, playlist, segments):
+        """How many seconds are there, and whether it is all. Loads what is not in `segments`, as a player does."""
+        with urllib.request.urlopen(f"{self.server}{playlist}", timeout=30) as answer:
+            text = answer.read().decode()
+        for name in set(re.findall(r"^[^#\s]+", text, re.M)) - segments:
+            urllib.request.urlopen(f"{self.server}{playlist.rsplit('/', 1)[0]}/{name}", timeout=30).read()
+            segments.add(name)
+        return sum(map(float, re.findall(r"EXTINF:([\d.]+)", text))), "ENDLIST" in text
+
+    def leave(self):
+        self.is_gone = True
+        with contextlib.suppress(OSError):
+            self.heartbeat.close()
