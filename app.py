@@ -198,7 +198,9 @@ def stream_object_detection(
                         end += len(batch.frames)
                         if audio:
                             chunk.write_audio(audio.read_until(end / fps))
-                        is_joined = batch.is_cached and end / fps <= plan.join_seconds
+                        # The viewer goes on meanwhile, and while Gradio converts the chunk, which takes as long again.
+                        viewer_seconds = plan.join_seconds + 2 * (time.monotonic() - began)
+                        is_joined = plan.join_seconds and batch.is_cached and end / fps <= viewer_seconds
                         if batch.is_end or (end % chunk_frames == 0 and not is_joined):
                             break
                 path = chunk.path if chunk else ""
@@ -573,36 +575,37 @@ def step_to_keep_up(video: str, resolution: str) -> int:
 class Analysis:
     """A run of a video: its settings, and how far it has come. Only the thread that calls `add` changes it.
 
-    A run that resumes within the video needs the frames before at once, so it takes those that are cached, with their
-    step. Another run decides on its step anew: the app may be busier than before, or less busy.
+    A run for a viewer who is at `join_seconds` of the video needs the frames before at once, so it takes those that are
+    cached, with their step. Another run decides on its step anew: the app may be busier than before, or less busy.
 
     Raises:
         VideoError: If the file is not a video.
     """
 
-    def __init__(self, video: str, conf_threshold: float, options: Options, resumes: bool = False):
+    def __init__(self, video: str, conf_threshold: float, options: Options, join_seconds: float = 0):
+        self.join_seconds = join_seconds
         self.info, self.conf_threshold, self.options = read_video_info(video), conf_threshold, options
         self.fps = self.info.fps / RESOLUTIONS[options.resolution]
         cached = cached_video(video, os.path.getmtime(video), options.resolution)
         self.cached, self.step = cached.detections, 1
         if options.analysed == KEEP_UP:
-            if not (resumes and cached.step):
+            if not (join_seconds and cached.step):
                 cached.step = step_to_keep_up(video, options.resolution)
             self.step = cached.step
         self.results = Results(self.info, DETECTOR.id2label)
         self.folder = ""  # of the chunks and the files, while they exist
         self.chunks: list[str] = []
+        self.shown = 0  # how many of the chunks the page has
         self.output_frames, self.is_end = 0, False
         self.waits_for_gpu = False
         self._began = time.monotonic()
 
-    def stream(self, join_seconds: float = 0) -> Prefetcher[StreamUpdate | str]:
+    def stream(self) -> Prefetcher[StreamUpdate | str]:
         """The chunks to the end of the video, one ahead. When this is closed, they are removed with `folder`."""
         folder = tempfile.TemporaryDirectory(prefix="chunks-")
         self.folder = folder.name
-        calls = stream_calls(self, join_seconds)
         # Delivering chunks takes priority over preparing more: the first one arrives 20 % sooner.
-        return Prefetcher(calls, niceness=10, heartbeat_seconds=HEARTBEAT_SECONDS, clean_up=folder.cleanup)
+        return Prefetcher(stream_calls(self), niceness=10, heartbeat_seconds=HEARTBEAT_SECONDS, clean_up=folder.cleanup)
 
     def add(self, update: StreamUpdate | str | None) -> bool:
         """Takes what `stream` has yielded. Returns whether it was a chunk."""
@@ -633,6 +636,15 @@ class Analysis:
         """Whether the file ends before its end."""
         return self.is_end and self.info.expected_seconds - self.seconds > 1.5 / self.fps
 
+    def next_part(self) -> str:
+        """The chunks that the page does not have, as one file."""
+        chunks, self.shown = self.chunks[self.shown :], len(self.chunks)
+        if len(chunks) == 1:
+            return chunks[0]
+        path = os.path.join(self.folder, "part.mp4")
+        join_chunks(chunks, path, audio_codec="copy")
+        return path
+
     def first_chunk_progress(self) -> tuple[int, int]:
         """How many frames of the first chunk are analysed, and how many need to be."""
         steps = max(1, round(min(CHUNK_SECONDS, self.info.duration_seconds) * self.fps / self.step))
@@ -662,7 +674,7 @@ class Analysis:
 WAITS_FOR_GPU = "waits for a GPU"
 
 
-def stream_calls(analysis: Analysis, join_seconds: float) -> Generator[StreamUpdate | str]:
+def stream_calls(analysis: Analysis) -> Generator[StreamUpdate | str]:
     """On ZeroGPU, cached frames without a GPU, and the rest in as many calls as needed; elsewhere, a single call.
 
     Yields `WAITS_FOR_GPU` before each request for a GPU.
@@ -675,7 +687,7 @@ def stream_calls(analysis: Analysis, join_seconds: float) -> Generator[StreamUpd
             after=update,
             cached=analysis.cached,
             folder=analysis.folder,
-            join_seconds=join_seconds,
+            join_seconds=analysis.join_seconds,
             budget_seconds=math.inf if with_gpu else 0,
         )
         if with_gpu and ON_ZEROGPU:
@@ -930,18 +942,22 @@ def show_run(run: Run, video: str, conf_threshold: float, options: Options, join
             yield {status: f"Waiting in the queue: position {position}."}
             time.sleep(HEARTBEAT_SECONDS)
         yield {status: "Reading the video…"}
-        analysis, failure = Analysis(video, conf_threshold, options, resumes=join_seconds > 0), None
-        with contextlib.closing(analysis.stream(join_seconds)) as updates:
+        analysis, failure = Analysis(video, conf_threshold, options, join_seconds), None
+        with contextlib.closing(analysis.stream()) as updates:
             try:
                 while not (run.is_stopped or analysis.is_end):
                     if analysis.add(next(updates)):
-                        yield {player: analysis.chunks[-1]}
+                        if analysis.seconds >= join_seconds:
+                            yield {player: analysis.next_part()}
                         yield from show_results(analysis)
                     yield {status: describe(analysis), progress: progress_bar(analysis)}
             except Exception as error:
                 failure = user_facing_error(error)
+            if analysis.shown < len(analysis.chunks):  # it ended before the viewer's place
+                yield {player: analysis.next_part()}
             ended = "Ended early" if failure else "Stopped" if run.is_stopped else "Done"
-            yield {status: describe(analysis, ended), progress: progress_bar(analysis), **buttons(running=False)}
+            bar = progress_bar(analysis) if analysis.chunks else ""
+            yield {status: describe(analysis, ended), progress: bar, **buttons(running=False)}
             if analysis.is_damaged:
                 gr.Warning(f"This video is damaged. Only the first {analysis.seconds:.1f} seconds could be read.")
             if analysis.chunks:
@@ -991,6 +1007,8 @@ def describe(analysis: Analysis, ended: str = "") -> str:
             line += f" · Nothing above {analysis.conf_threshold:g}. Try a lower threshold."
     elif analysis.waits_for_gpu:
         line = f"Waiting for a GPU… · {seconds:.1f} of {total:.1f} s"
+    elif not analysis.chunks and analysis.join_seconds:
+        line = f"Updating the first {analysis.join_seconds:.0f} s… {elapsed:.0f} s"
     elif seconds:
         line = f"{seconds:.1f} of {total:.1f} s · {(total - seconds) / speed:.0f} s left"
     else:
@@ -1017,7 +1035,12 @@ def progress_bar(analysis: Analysis) -> str:
     bar = f'<progress value="{analysis.seconds:.1f}" max="{analysis.info.duration_seconds:.1f}"></progress>'
     bar = f'<div class="bar">{bar}</div>'
     waiting = "" if analysis.is_end else "Waiting for more…"
-    return f'{picture}{bar}<span class="waiting">{waiting}</span><span class="beyond">Not analysed yet.</span>'
+    hints = {
+        "waiting": waiting,
+        "beyond": "Not analysed yet.",
+        "updating": "Updating…",
+    }  # `page.css` shows one at a time
+    return picture + bar + "".join(f'<span class="{name}">{text}</span>' for name, text in hints.items())
 
 
 def show_results(analysis: Analysis) -> Iterator[dict]:

@@ -664,10 +664,10 @@ class ChunkWriter(contextlib.AbstractContextManager):
                 os.remove(self.path)
 
 
-def join_chunks(chunks: Sequence[str], path: str) -> None:
-    """Joins mp4 chunks of one folder into one file: the video as it is, the sound as AAC, which every player knows."""
+def join_chunks(chunks: Sequence[str], path: str, audio_codec: str = "aac") -> None:
+    """Joins mp4 chunks of one folder into one file. The video stays as it is, and with "copy", the sound."""
     # Relative names, because the format has its own rules for quotes and spaces in a path.
     listing = "".join(f"file file:{Path(chunk).name}\n" for chunk in chunks)
-    args = "-v error -y -f concat -safe 0 -protocol_whitelist file,pipe -i pipe: -c:v copy -c:a aac -movflags faststart"
-    command = ["ffmpeg", *args.split(), os.path.abspath(path)]
+    args = "-v error -y -f concat -safe 0 -protocol_whitelist file,pipe -i pipe: -c:v copy -movflags faststart"
+    command = ["ffmpeg", *args.split(), "-c:a", audio_codec, os.path.abspath(path)]
     subprocess.run(command, cwd=Path(chunks[0]).parent, input=listing.encode(), check=True)

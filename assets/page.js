@@ -26,27 +26,35 @@ const turnSoundOn = () => {
 };
 
 // A new stream begins at 0:00. After a change of the settings, the playhead is sent with them, and the new stream goes on
-// there. `playback_position` of Gradio 6.31 does not do this: it cannot wait until the stream has got that far.
-let resumePoint = null;  // the previous stream: its URL and position in seconds
+// where the viewer is when it arrives, or if it does not reach so far, where they were at the change. `playback_position`
+// of Gradio 6.31 does not do this: it cannot wait until the stream has got that far.
+let resumePoint = null;  // the previous stream: its URL, and its position in seconds at the change and now
 const startOver = (...inputs) => {
     resumePoint = null;
-    for (const state of ["playing", "beyond", "muted"]) mark(state, false);
+    for (const state of ["playing", "beyond", "muted", "updating"]) mark(state, false);
     showPlayer();
     return inputs;
 };
 const resume = (source, threshold, playhead, ...options) => {
     const video = player();
-    if (!resumePoint && video && !video.ended) resumePoint = {src: video.currentSrc, seconds: video.currentTime};
+    const seconds = video && !video.ended ? video.currentTime : 0;
+    if (!resumePoint && video) resumePoint = {src: video.currentSrc, seconds, now: seconds};
+    mark("updating", true);
     return [source, threshold, resumePoint?.seconds ?? 0, ...options];
 };
 const restorePosition = ({target: video, type}) => {
-    if (!resumePoint || video !== player() || video.currentSrc === resumePoint.src) return;
-    const {seconds} = resumePoint;
-    if (video.seekable.length && video.seekable.end(0) > seconds) video.currentTime = seconds;
+    if (!resumePoint || video !== player()) return;
+    const {src, seconds, now} = resumePoint, end = video.seekable.length && video.seekable.end(0);
+    if (video.currentSrc === src) {
+        if (seconds) resumePoint.now = video.currentTime;
+        return;
+    }
+    if (end > seconds) video.currentTime = end > now ? now : seconds;
     else if (type !== "ended") return;
     resumePoint = null;
+    mark("updating", false);
 };
-for (const type of ["canplay", "progress", "ended"]) document.addEventListener(type, restorePosition, true);
+for (const type of ["timeupdate", "canplay", "progress", "ended"]) document.addEventListener(type, restorePosition, true);
 
 // Gradio's player does not say that it has caught up with the stream. For an upload that the browser cannot play (but
 // this app may), it shows "Video not playable" and a duration of NaN.

@@ -107,7 +107,7 @@ def test_a_run_decides_by_the_load_at_its_start_and_uses_what_is_cached(video, m
         busy = keep_up(video)
     assert busy.step == 6
     assert sorted(busy.cached) == [0, *range(10, 150, 12), 148]
-    resumed = run(video, analysed=KEEP_UP, resumes=True)
+    resumed = run(video, analysed=KEEP_UP, join_seconds=0.1)
     assert resumed.step == 6
     assert sum(passes) == len(busy.cached), "within the video, what is cached comes at once"
     alone = keep_up(video)

@@ -410,17 +410,24 @@ def test_after_a_change_the_viewer_is_where_they_were(page):
         page.wait_for_timeout(300)
         before, started, heights, rows = page.evaluate(PLAYER), time.monotonic(), set(), set()
         change(page)
-
+        expect(page.get_by_text("Updating…")).to_be_visible(timeout=300)
+        if change is set_threshold:
+            screenshot(page, "updating")
         open_tab(page, "Objects")
+        old = [before["time"]]
 
-        def is_there(state, before=before, heights=heights, rows=rows):
+        def is_there(state, before=before, old=old, heights=heights, rows=rows):
+            if state["src"] == before["src"]:
+                old.append(state["time"])
             heights.add(page.evaluate("document.documentElement.scrollHeight"))
             rows.add(page.locator("#table [role=gridcell]").count() > 0)
             return state["src"] != before["src"] and state["time"] > before["time"] - 0.2
 
         after = wait_for(page, is_there)
         passed = time.monotonic() - started
+        expect(page.get_by_text("Updating…")).to_be_hidden()
         assert after["time"] < before["time"] + passed, "nothing is skipped"
+        assert after["time"] > old[-1] - 0.3, "nothing is repeated"
         assert passed < 6, "what is known comes at once"
         assert rows == {True}, "the table stays until the new one arrives"
         assert len(heights) == 1, "nothing shrinks and grows"
@@ -452,11 +459,13 @@ def choose_full(page):
 
 def test_full_gives_every_frame_at_full_size(page):
     upload(page, EXAMPLE)
-    half = play_the_end(page)
-    changed = playlist_changes(page)
+    wait_until_done(page)
+    seek(page, 4)
+    half = wait_for(page, lambda state: state["time"] > 4.1)
     choose_full(page)
-    full = changed()
+    full = wait_for(page, lambda state: state["src"] != half["src"] and state["time"] > 0.3)
     assert (full["width"], full["height"]) == (2 * half["width"], 2 * half["height"])
+    assert full["time"] > half["time"] - 0.2, "at the same place, without the beginning"
 
 
 # --------------------------------------------------------------------------------------------- where things are

@@ -20,9 +20,10 @@ def stream(video: object, conf_threshold: float, **settings: object) -> Iterator
     return app.stream_object_detection(str(video), conf_threshold, app.Options(**options), plan=plan)
 
 
-def analysis_of(video: object, conf_threshold: float = 0.3, resumes: bool = False, **options: object) -> app.Analysis:
+def analysis_of(video: object, conf_threshold: float = 0.3, join_seconds: float = 0, **options: object) -> app.Analysis:
     """A run that has not begun; of every frame, unless `analysed` is given."""
-    return app.Analysis(str(video), conf_threshold, app.Options(**{"analysed": app.EVERY_FRAME, **options}), resumes)
+    options = app.Options(**{"analysed": app.EVERY_FRAME, **options})
+    return app.Analysis(str(video), conf_threshold, options, join_seconds)
 
 
 def run(video: object, conf_threshold: float = 0.3, save_to: object = None, **options: object) -> app.Analysis:
