@@ -20,6 +20,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
+import http.client
 import itertools
 import json
 import logging
@@ -32,6 +33,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 import weakref
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -59,6 +61,7 @@ from gradio.route_utils import MediaStream
 from gradio.state_holder import SessionState
 from gradio.utils import get_upload_folder
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HOME
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
@@ -556,8 +559,8 @@ class CachedVideo:
 
 
 @lru_cache(maxsize=CACHED_VIDEOS)
-def cached_video(video: str, modified: float, resolution: str) -> CachedVideo:
-    """The entry of a file that was modified at that time: after a change, it is another video."""
+def cached_video(video: str, size: int, resolution: str) -> CachedVideo:
+    """The entry of a file of that size. Gradio names uploads by their content: a repeated one is the same video."""
     return CachedVideo()
 
 
@@ -586,7 +589,7 @@ class Analysis:
         self.join_seconds = join_seconds
         self.info, self.conf_threshold, self.options = read_video_info(video), conf_threshold, options
         self.fps = self.info.fps / RESOLUTIONS[options.resolution]
-        cached = cached_video(video, os.path.getmtime(video), options.resolution)
+        cached = cached_video(video, os.path.getsize(video), options.resolution)
         self.cached, self.step = cached.detections, 1
         if options.analysed == KEEP_UP:
             if not (join_seconds and cached.step):
@@ -1119,8 +1122,41 @@ def check_argument(name: str, value: object) -> object:
 
 
 WEBCAM = gr.WebcamOptions(mirror=False, constraints={"video": {"width": {"ideal": 1280}, "height": {"ideal": 720}}})
-STREET_VIDEO = "https://github.com/intel-iot-devkit/sample-videos/raw/master/person-bicycle-car-detection.mp4"
 ASSETS = Path(__file__).parent / "assets"
+STREET_VIDEOS = "https://github.com/intel-iot-devkit/sample-videos/raw/master"  # under CC BY 4.0
+STREET_EXAMPLES = ["person-bicycle-car-detection.mp4", "one-by-one-person-detection.mp4", "car-detection.mp4"]
+MAX_EXAMPLE_BYTES, MAX_EXAMPLE_SECONDS = 20 << 20, 15  # for each
+
+
+def example_videos() -> list[str]:
+    """Paths of videos with things that the model knows: shapes, which are here, or streets, which are fetched once."""
+    labels = {*DETECTOR.id2label.values()}
+    if "person" in labels:
+        with ThreadPoolExecutor() as pool:
+            return [path for path in pool.map(fetch_example, STREET_EXAMPLES) if path]
+    return sorted(map(str, EXAMPLES.glob("*.mp4"))) if "star" in labels else []
+
+
+def fetch_example(name: str) -> str | None:
+    """The path of a video in the cache. If it cannot be fetched in time, there is none."""
+    path, end = Path(HF_HOME, "street-examples", name), time.monotonic() + MAX_EXAMPLE_SECONDS
+    if not path.exists():
+        try:
+            content = bytearray()
+            with urllib.request.urlopen(f"{STREET_VIDEOS}/{name}", timeout=MAX_EXAMPLE_SECONDS) as answer:
+                while piece := answer.read1():
+                    content += piece
+                    if len(content) > MAX_EXAMPLE_BYTES or time.monotonic() > end:
+                        return None
+                if answer.length:  # the connection broke off
+                    return None
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial_path = path.with_suffix(".part")
+            partial_path.write_bytes(content)
+            partial_path.rename(path)
+        except (OSError, http.client.HTTPException):
+            return None
+    return str(path)
 
 
 with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECONDS // 6, KEPT_SECONDS)) as demo:
@@ -1133,12 +1169,8 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
         with gr.Column(scale=4):
             # With `include_audio=False`, Gradio would hand each upload, unchecked, to ffmpeg.
             source = gr.Video(label="Video source", include_audio=True, webcam_options=WEBCAM, elem_id="source")
-            if "person" in DETECTOR.id2label.values():
-                gr.Markdown(
-                    f"The model knows people, vehicles, animals and things, but not the shapes in these examples. "
-                    f"No video at hand? Try this [street scene]({STREET_VIDEO})."
-                )
-            gr.Examples(sorted(map(str, EXAMPLES.glob("*.mp4"))), inputs=source)
+            if examples := example_videos():
+                gr.Examples(examples, inputs=source)
             with gr.Column(elem_id="settings"):
                 threshold = gr.Slider(
                     0, 1, 0.30, step=0.05, label="Confidence threshold",

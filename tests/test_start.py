@@ -1,5 +1,6 @@
 """What a person sees who starts the app: which model runs, or a sentence that says why none does."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -166,3 +167,65 @@ def test_a_quota_of_one_core_is_one_core(tmp_path):
     command = f"{mount} && {sys.executable} -c 'import video; print(video.CPU_COUNT)'"
     result = subprocess.run([*inside, command], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "1"
+
+
+@pytest.fixture
+def example_server(monkeypatch):
+    """A server in place of the address of the street videos. Returns what it was asked for, and what it can send."""
+    asked, files = [], {}
+
+    class Files(BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.rsplit("/", 1)[1]
+            asked.append(name)
+            content, length, pause = files.get(name) or (b"", None, 0)
+            if length is None:
+                return self.send_error(404)
+            self.send_response(200)
+            self.send_header("Content-Length", str(length))
+            self.end_headers()
+            with contextlib.suppress(OSError):
+                for start in range(0, len(content), 1000):
+                    self.wfile.write(content[start : start + 1000])
+                    time.sleep(pause)
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Files) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(app, "STREET_VIDEOS", f"http://127.0.0.1:{server.server_port}/videos")
+        yield asked, files
+        server.shutdown()
+
+
+def test_a_model_that_knows_people_has_street_examples_that_are_fetched_once(example_server, monkeypatch, tmp_path):
+    asked, files = example_server
+    monkeypatch.setattr(app, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(app, "MAX_EXAMPLE_SECONDS", 2)
+    monkeypatch.setattr(app, "MAX_EXAMPLE_BYTES", 100_000)
+    monkeypatch.setattr(app, "STREET_EXAMPLES", ["good.mp4", "missing.mp4", "large.mp4", "slow.mp4", "broken.mp4"])
+    monkeypatch.setattr(app.DETECTOR, "id2label", {0: "person", 1: "star"})
+    video = bytes(30_000)
+    files["good.mp4"] = (video, len(video), 0)
+    files["large.mp4"] = (bytes(200_000), 200_000, 0)
+    files["slow.mp4"] = (video, len(video), 0.2)
+    files["broken.mp4"] = (video, 2 * len(video), 0)
+    begun = time.monotonic()
+    (path,) = app.example_videos()
+    assert time.monotonic() - begun < 5
+    assert Path(path).name == "good.mp4"
+    assert Path(path).read_bytes() == video
+    assert sorted(asked) == sorted(app.STREET_EXAMPLES)
+    assert app.example_videos() == [path]
+    assert asked.count("good.mp4") == 1
+    assert [file.name for file in Path(path).parent.iterdir()] == ["good.mp4"]
+
+
+def test_without_a_network_or_for_other_labels_there_are_no_examples(monkeypatch, tmp_path):
+    assert len(app.example_videos()) == 3
+    monkeypatch.setattr(app, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(app, "STREET_VIDEOS", "http://127.0.0.1:9")  # where nothing listens
+    for label in ("person", "pore"):
+        monkeypatch.setattr(app.DETECTOR, "id2label", {0: label})
+        assert app.example_videos() == []
