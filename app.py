@@ -602,6 +602,7 @@ class Analysis:
         self.output_frames, self.is_end = 0, False
         self.waits_for_gpu = False
         self._began = time.monotonic()
+        self._arrivals: list[tuple[float, float]] = []  # of chunks: the seconds of video, and how long they took
 
     def stream(self) -> Prefetcher[StreamUpdate | str]:
         """The chunks to the end of the video, one ahead. When this is closed, they are removed with `folder`."""
@@ -622,6 +623,7 @@ class Analysis:
             os.chmod(self.info.path, os.stat(self.info.path).st_mode)
         self.results.add(update.frames)
         self.output_frames, self.is_end = update.output_frames, update.is_end
+        self._arrivals.append((self.seconds, self.elapsed_seconds))
         return True
 
     @property
@@ -633,6 +635,13 @@ class Analysis:
     def elapsed_seconds(self) -> float:
         """How long this has taken."""
         return time.monotonic() - self._began
+
+    @property
+    def seconds_left(self) -> float:
+        """How long the rest will take, at the pace since the first chunk, which has waited for all to start."""
+        (seconds, elapsed), start = self._arrivals[-1], self._arrivals[0] if len(self._arrivals) > 1 else (0, 0)
+        pace = (elapsed - start[1]) / (seconds - start[0])
+        return max(0.0, (self.info.duration_seconds - seconds) * pace - (self.elapsed_seconds - elapsed))
 
     @property
     def is_damaged(self) -> bool:
@@ -1013,7 +1022,7 @@ def describe(analysis: Analysis, ended: str = "") -> str:
     elif not analysis.chunks and analysis.join_seconds:
         line = f"Updating the first {analysis.join_seconds:.0f} s… {elapsed:.0f} s"
     elif seconds:
-        line = f"{seconds:.1f} of {total:.1f} s · {(total - seconds) / speed:.0f} s left"
+        line = f"{seconds:.1f} of {total:.1f} s · {analysis.seconds_left:.0f} s left"
     else:
         done, needed = analysis.first_chunk_progress()
         line = f"First chunk: {done} of {needed} frames"

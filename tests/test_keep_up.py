@@ -1,6 +1,7 @@
 """On a slow device every n-th frame is analysed: how n is chosen, what is drawn, what is reported, what is kept."""
 
 import contextlib
+import re
 import shutil
 import time
 
@@ -217,3 +218,17 @@ def test_the_status_counts_a_first_chunk_of_a_little_more_than_two_seconds(video
     report.cached.update({index: Detections.empty() for index in (0, *range(6, 62 + 1, 8))})
     assert report.step == 4
     assert app.describe(report).startswith("First chunk: 9 of 9 frames")
+
+
+def test_the_time_left_counts_down_at_the_pace_since_the_first_chunk(video, monkeypatch):
+    now = 100.0
+    monkeypatch.setattr(app.time, "monotonic", lambda: now)
+    report, lines = analysis_of(video), []
+    for end, took in ((30, 6.0), (60, 2.0), (75, 1.0)):
+        now += took / 2
+        lines.append(app.describe(report))
+        now += took / 2
+        report.add(app.StreamUpdate("", [], end, False, 0.0, None))
+        lines.append(app.describe(report))
+    left = [int(found[1]) for line in lines if (found := re.search(r"of 5.0 s · (\d+) s left", line))]
+    assert left == [9, 8, 1, 0, 0]
