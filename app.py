@@ -68,7 +68,14 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    BaseImageProcessor,
+    PreTrainedConfig,
+    RTDetrImageProcessorPil,
+)
 
 from draw_boxes import draw_bounding_boxes, label_color
 from results import TABLE_HEADERS, FrameDetections, Results
@@ -121,6 +128,7 @@ class Options:
     analysed: str = KEEP_UP  # or EVERY_FRAME
     tracks: bool = True  # draw the objects' numbers and trails
     video_output: bool = True  # else nothing is drawn and encoded; for programs only
+    model: str = field(default_factory=lambda: DETECTOR.name)  # a key of `DETECTORS`
 
 
 @dataclass(frozen=True)
@@ -177,6 +185,7 @@ def stream_object_detection(
     """
     began = time.monotonic()
     options, plan = options or Options(), plan or Plan()
+    detector = DETECTORS[options.model]
     try:
         info = plan.info or read_video_info(video)
         divisor = RESOLUTIONS[options.resolution]
@@ -186,9 +195,10 @@ def stream_object_detection(
         end, tracker = (plan.after.output_frames, plan.after.tracker) if plan.after else (0, ObjectTracker(fps))
         frames = sample_frames(info, fps, Fraction(1, divisor), end)
         audio = AudioReader(info, end / fps) if info.audio_channels and options.video_output else None
-        batches = Prefetcher(read_batches(frames, end, plan.step, chunk_frames))
+        batches = Prefetcher(read_batches(frames, end, plan.step, chunk_frames, detector.batch_frames))
         deadline = (plan.granted or began) + plan.budget_seconds - GPU_RESERVE_SECONDS
-        with contextlib.closing(Prefetcher(detect_batches(batches, plan.cached, plan.step, deadline))) as detected:
+        detected = Prefetcher(detect_batches(detector, batches, plan.cached, plan.step, deadline))
+        with contextlib.closing(detected):
             for first in detected:
                 found = []
                 size = first.frames[0].image.shape[1::-1]
@@ -226,22 +236,24 @@ class Batch(NamedTuple):
 BATCH_BYTES = 128 << 20  # of decoded frames per batch
 
 
-def read_batches(frames: Iterable[Frame], start: int, step: int, chunk_frames: int) -> Iterator[Batch]:
-    """The frames of each chunk in one batch, or in several if they are many or large.
+def read_batches(
+    frames: Iterable[Frame], start: int, step: int, chunk_frames: int, batch_frames: int
+) -> Iterator[Batch]:
+    """The frames of each chunk in one batch, or in several if they are large, or more than `batch_frames` are analysed.
 
     A batch ends with an analysed frame, the last of `step` frames, so that boxes on all others can be interpolated.
     """
     batch: list[Frame] = []
     for (end, frame), following in itertools.pairwise(itertools.chain(enumerate(frames, start + 1), [None])):
         batch.append(frame)
-        is_large = len(batch) >= step * DETECTOR.batch_frames or len(batch) * frame.image.nbytes > BATCH_BYTES
+        is_large = len(batch) >= step * batch_frames or len(batch) * frame.image.nbytes > BATCH_BYTES
         if following is None or end % chunk_frames == 0 or (end % step == 0 and is_large):
             yield Batch(batch, is_end=following is None)
             batch = []
 
 
 def detect_batches(
-    batches: Iterator[Batch], cached: dict[int, Detections], step: int, deadline: float
+    detector: Detector, batches: Iterator[Batch], cached: dict[int, Detections], step: int, deadline: float
 ) -> Iterator[Batch]:
     """The same batches with the detections on their frames. The model's are also added to `cached`.
 
@@ -259,7 +271,7 @@ def detect_batches(
             if missing and time.monotonic() > deadline:
                 return
             if missing:
-                cached.update(zip(missing, DETECTOR([*missing.values()]), strict=True))
+                cached.update(zip(missing, detector([*missing.values()]), strict=True))
             cuts = [find_cut(frame.image) for frame in batch.frames]
             known = [cached.get(frame.source_index) for frame in batch.frames]
             detections = fill_gaps([known[0] if before is None else before, *known], cuts)
@@ -271,35 +283,36 @@ def detect_batches(
 
 def draw_batch(batch: Batch, conf_threshold: float, options: Options, tracker: ObjectTracker) -> list[FrameDetections]:
     """Draws the selected detections into the frames. Returns those of the analysed frames."""
-    selected = [select_detections(detections, conf_threshold, options.classes) for detections in batch.detections]
+    selected = [select_detections(detections, conf_threshold, options) for detections in batch.detections]
     tracked = tracker.update(selected, batch.cuts)
     found = []
     frames = zip(batch.frames, batch.detections, batch.is_analysed, tracked, strict=True)
     for frame, detections, is_analysed, drawn in frames:
         if options.video_output:
             trails = tracker.next_trails(drawn) if options.tracks else ()
-            draw(frame.image, drawn, options.tracks, trails)
+            draw(frame.image, drawn, options, trails)
         if is_analysed:
             found.append(FrameDetections(frame.source_index, frame.pts_seconds, frame.source_size, detections, drawn))
     return found
 
 
-def select_detections(detections: Detections, conf_threshold: float, classes: Sequence[str]) -> Detections:
-    """The detections above the threshold and, unless `classes` is empty, in one of them."""
+def select_detections(detections: Detections, conf_threshold: float, options: Options) -> Detections:
+    """The detections above the threshold and, unless none are chosen, in one of the classes."""
     is_selected = detections.confidence > conf_threshold
-    if classes:
-        class_ids = [class_id for class_id, label in DETECTOR.id2label.items() if label in classes]
+    if options.classes:
+        id2label = DETECTORS[options.model].id2label
+        class_ids = [class_id for class_id, label in id2label.items() if label in options.classes]
         is_selected &= np.isin(detections.class_id, class_ids)
     return detections[is_selected]
 
 
-def draw(image: np.ndarray, detections: Detections, tracks: bool, trails: Sequence[np.ndarray] = ()) -> None:
-    """Draws detections into an image, uint8 (height, width, 3) BGR; with `tracks`, the objects' numbers and trails."""
+def draw(image: np.ndarray, detections: Detections, options: Options, trails: Sequence[np.ndarray] = ()) -> None:
+    """Draws detections into an image, uint8 (height, width, 3) BGR, with the objects' numbers and trails if chosen."""
     height, width = image.shape[:2]
     boxes = detections.xyxy * (width, height, width, height)
-    labels = [DETECTOR.id2label[class_id] for class_id in detections.class_id]
-    numbers = detections.tracker_id if tracks else None
-    pixel_trails = [trail * (width, height) for trail in trails] if tracks else None
+    labels = [DETECTORS[options.model].id2label[class_id] for class_id in detections.class_id]
+    numbers = detections.tracker_id if options.tracks else None
+    pixel_trails = [trail * (width, height) for trail in trails] if options.tracks else None
     draw_bounding_boxes(image, boxes, detections.confidence, labels, numbers, pixel_trails)
 
 
@@ -316,8 +329,11 @@ HAS_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if HAS_CUDA else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
+FAMILIES = {"rt_detr": "RT-DETR", "rt_detr_v2": "RT-DETRv2", "d_fine": "D-FINE", "deimv2": "DEIMv2"}  # by `model_type`
+
+
 class Detector:
-    """An RT-DETR checkpoint on `DEVICE`.
+    """A checkpoint of RT-DETR's family on `DEVICE`.
 
     Args:
         folder: A local folder in the format of `save_pretrained`.
@@ -325,28 +341,31 @@ class Detector:
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If it is not an RT-DETR detector, or has a setting that is not supported.
+        ValueError: If it is of another family, or has a setting that is not supported.
     """
+
+    _turn = threading.Lock()  # visitors and models take turns: two passes at once take twice the memory
 
     def __init__(self, folder: str | Path, name: str):
         config = AutoConfig.from_pretrained(folder)
-        if config.model_type not in ("rt_detr", "rt_detr_v2"):
-            raise ValueError(f"it is a '{config.model_type}' model, not an RT-DETR detector")
-        self.name, self.id2label = name, config.id2label
+        if config.model_type not in FAMILIES:
+            raise ValueError(f"it is a '{config.model_type}' model. Known are {', '.join(FAMILIES.values())}")
         self.processor = processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        if not (processor.do_resize and processor.size.height) or processor.resample != 2 or processor.do_pad:
-            raise ValueError(
-                "its preprocessor_config.json must have do_resize, size.height and size.width, resample 2 (bilinear), "
-                "and no do_pad"
-            )
+        check_settings(config, processor)
+        self.name, self.family = name, FAMILIES[config.model_type]
+        self.id2label = dict(enumerate(distinct(config.id2label[class_id] for class_id in sorted(config.id2label))))
         self.input_size = (processor.size.height, processor.size.width)
         self.half_dtype = half_dtype()
-        self.model = AutoModelForObjectDetection.from_pretrained(folder, dtype=torch.float32).eval()
+        model, loading = AutoModelForObjectDetection.from_pretrained(
+            folder, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+        if loading["mismatched_keys"]:
+            raise ValueError("its weights do not fit its config.json. Does id2label name all classes?")
+        self.model = model.eval()
         self._optimize()
         self.model.to(DEVICE)  # after all arithmetic: on ZeroGPU, this only marks the weights for the workers
         self.passes_at_once = CPU_COUNT if DEVICE.type == "cpu" else 1
         self.batch_frames = self.passes_at_once * max(1, PASS_PIXELS[DEVICE.type] // math.prod(self.input_size))
-        self._lock = threading.Lock()  # visitors take turns: two passes at once take twice the memory
         self.seconds_per_frame = 0.0  # negligible on CUDA, so not measured there
         if not HAS_CUDA:
             frames = [np.zeros((*self.input_size, 3), np.uint8)] * self.batch_frames
@@ -364,7 +383,7 @@ class Detector:
         try:
             size = math.ceil(len(frames) / self.passes_at_once)
             parts = [frames[start : start + size] for start in range(0, len(frames), size)]
-            with self._lock:
+            with self._turn:
                 if len(parts) == 1:  # in this thread: cuDNN caches its plans per thread; R50's take 110 ms on an H200
                     return self._forward_pass(frames)
                 with ThreadPoolExecutor(len(parts)) as pool:
@@ -425,9 +444,11 @@ class Detector:
             fold_batch_norms(self.model)
         if self.half_dtype:
             model = self.model.model
-            for part in (model.backbone, model.encoder):
+            # DEIMv2's `conv_encoder` is the backbone with `encoder_input_proj`.
+            backbone = model.conv_encoder if self.family == "DEIMv2" else model.backbone
+            for part in (backbone, model.encoder):
                 part.forward = self._in_half_precision(part.forward)
-            for projection in (*model.encoder_input_proj, *model.decoder_input_proj):
+            for projection in (*getattr(model, "encoder_input_proj", ()), *model.decoder_input_proj):
                 projection.register_forward_pre_hook(lambda _, inputs: tuple(value.float() for value in inputs))
 
     def _in_half_precision(self, forward: Callable) -> Callable:
@@ -436,6 +457,32 @@ class Detector:
                 return forward(*args, **kwargs)
 
         return wrapper
+
+
+def check_settings(config: PreTrainedConfig, processor: BaseImageProcessor) -> None:
+    """Raises a ValueError with the name of a setting that is wrong, or cannot be honoured exactly."""
+    is_known = isinstance(processor, RTDetrImageProcessorPil) and processor.do_resize and processor.size.height
+    if not is_known or processor.resample != 2 or processor.do_pad:
+        raise ValueError(
+            "its preprocessor_config.json must have image_processor_type RTDetrImageProcessor, do_resize, size.height "
+            "and size.width, resample 2 (bilinear), and no do_pad"
+        )
+    if sorted(config.id2label) != list(range(config.num_labels)):
+        raise ValueError(f"id2label in its config.json must have the keys 0 to {config.num_labels - 1}, one per class")
+    if config.anchor_image_size not in (None, size := [processor.size.height, processor.size.width]):
+        raise ValueError(f"anchor_image_size in its config.json must be null or {size}, as in preprocessor_config.json")
+    if not config.use_focal_loss:
+        raise ValueError("use_focal_loss in its config.json must be true: its scores would be wrong")
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """The same names, with a number for one that was there before: star, cross, star (2)."""
+    seen: Counter[str] = Counter()
+    result = []
+    for name in names:
+        seen[name] += 1
+        result.append(f"{name} ({seen[name]})" if seen[name] > 1 else name)
+    return result
 
 
 def half_dtype() -> torch.dtype | None:
@@ -477,35 +524,41 @@ def is_cuda_lost() -> bool:
     return False
 
 
-def load_detector() -> tuple[Detector, str]:
-    """Returns the detector that `MODEL_ID` names, or the default one, and a note for the page, usually empty.
+def load_detectors() -> tuple[dict[str, Detector], str]:
+    """Returns the detectors that `MODEL_ID` names, or the default one, by name, and a note for the page, usually empty.
 
     Without `MODEL_ID`, if the Hub is unreachable and the default checkpoint is not cached, this is the detector that
     ships with the app. Any other problem ends the program: it must not be mistaken for a missing network.
     """
-    model_id = os.environ.get("MODEL_ID", "").strip()
-    source = model_id or (DEFAULT_CPU_MODEL_ID if DEVICE.type == "cpu" else DEFAULT_MODEL_ID)
-    try:
-        if os.path.isdir(source):
-            return Detector(source, Path(source).name), ""
-        return Detector(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]), source), ""
-    except LocalEntryNotFoundError as error:
-        if isinstance(error.__cause__, HfHubHTTPError):  # there is a network: 429 or 5xx
-            reason = str(error.__cause__).strip().splitlines()[0]
-            sys.exit(f"The model '{source}' cannot be downloaded, and is not in the local cache: {reason}")
-        if model_id:
-            sys.exit(f"The model '{source}' in MODEL_ID is unavailable: no network, and not in the local cache.")
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        sys.exit(f"The model '{source}' cannot be used: {reason}")
+    model_ids = [model_id.strip() for model_id in os.environ.get("MODEL_ID", "").split(",") if model_id.strip()]
+    sources = model_ids or [DEFAULT_CPU_MODEL_ID if DEVICE.type == "cpu" else DEFAULT_MODEL_ID]
+    names = distinct(Path(source).name if os.path.isdir(source) else source for source in sources)
+    detectors = {}
+    for source, name in zip(sources, names, strict=True):
+        try:
+            folder = source
+            if not os.path.isdir(source):
+                folder = snapshot_download(source, allow_patterns=["*.json", "*.safetensors"])
+            detectors[name] = Detector(folder, name)
+        except LocalEntryNotFoundError as error:
+            if isinstance(error.__cause__, HfHubHTTPError):  # there is a network: 429 or 5xx
+                reason = str(error.__cause__).strip().splitlines()[0]
+                sys.exit(f"The model '{source}' cannot be downloaded, and is not in the local cache: {reason}")
+            if model_ids:
+                sys.exit(f"The model '{source}' in MODEL_ID is unavailable: no network, and not in the local cache.")
+        except (OSError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            sys.exit(f"The model '{source}' cannot be used: {reason}")
+    if detectors:
+        return detectors, ""
     detector = Detector(SHIPPED_MODEL, SHIPPED_MODEL.name)
     note = (
-        f"Note for the operator: **{source}** is unavailable (no network, and not in the local cache). The small "
+        f"Note for the operator: **{sources[0]}** is unavailable (no network, and not in the local cache). The small "
         f"detector that ships with the app runs instead. It only knows {', '.join(detector.id2label.values())}. Start "
         "the app once with a network, or set `MODEL_ID` to a local folder."
     )
     log.warning(note.replace("**", "").replace("`", ""))
-    return detector, note
+    return {detector.name: detector}, note
 
 
 def prefer_bundled_ffmpeg() -> None:
@@ -526,7 +579,8 @@ if missing := [tool for tool in ("ffmpeg", "ffprobe") if not shutil.which(tool)]
 
 logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
 transformers.utils.logging.disable_progress_bar()
-DETECTOR, MODEL_NOTE = load_detector()
+DETECTORS, MODEL_NOTE = load_detectors()
+DETECTOR = next(iter(DETECTORS.values()))  # the default
 
 # ----------------------------------------------------------------------------------------------------------- runs
 
@@ -552,26 +606,26 @@ def new_run(session: object) -> Run:
 
 @dataclass
 class CachedVideo:
-    """What stays of the runs of a file at a resolution."""
+    """What stays of the runs of a file with a model, at a resolution."""
 
     detections: dict[int, Detections] = field(default_factory=dict)  # by source index; runs add to it
     step: int | None = None  # of the last run that kept up
 
 
 @lru_cache(maxsize=CACHED_VIDEOS)
-def cached_video(video: str, size: int, resolution: str) -> CachedVideo:
+def cached_video(video: str, size: int, resolution: str, model: str) -> CachedVideo:
     """The entry of a file of that size. Gradio names uploads by their content: a repeated one is the same video."""
     return CachedVideo()
 
 
-def step_to_keep_up(video: str, resolution: str) -> int:
+def step_to_keep_up(video: str, options: Options) -> int:
     """The smallest step between analysed output frames that keeps up with real time.
 
-    The runs in progress share the model.
+    The runs in progress share the device.
     """
-    fps = read_video_info(video).fps / RESOLUTIONS[resolution]
+    fps = read_video_info(video).fps / RESOLUTIONS[options.resolution]
     runs = max(1, min(len(RUNS), CONCURRENT_RUNS))
-    needed = math.ceil(DETECTOR.seconds_per_frame * runs * fps / KEEP_UP_SHARE)
+    needed = math.ceil(DETECTORS[options.model].seconds_per_frame * runs * fps / KEEP_UP_SHARE)
     return max(1, min(needed, int(MAX_GAP_SECONDS * fps)))
 
 
@@ -589,13 +643,13 @@ class Analysis:
         self.join_seconds = join_seconds
         self.info, self.conf_threshold, self.options = read_video_info(video), conf_threshold, options
         self.fps = self.info.fps / RESOLUTIONS[options.resolution]
-        cached = cached_video(video, os.path.getsize(video), options.resolution)
+        cached = cached_video(video, os.path.getsize(video), options.resolution, options.model)
         self.cached, self.step = cached.detections, 1
         if options.analysed == KEEP_UP:
             if not (join_seconds and cached.step):
-                cached.step = step_to_keep_up(video, options.resolution)
+                cached.step = step_to_keep_up(video, options)
             self.step = cached.step
-        self.results = Results(self.info, DETECTOR.id2label)
+        self.results = Results(self.info, DETECTORS[options.model].id2label)
         self.folder = ""  # of the chunks and the files, while they exist
         self.chunks: list[str] = []
         self.shown = 0  # how many of the chunks the page has
@@ -668,7 +722,8 @@ class Analysis:
         """The first frame with its boxes. Its detections must be cached."""
         frame = next(sample_frames(self.info, self.fps, Fraction(1, RESOLUTIONS[self.options.resolution])))
         detections = self.cached[frame.source_index]
-        draw(frame.image, select_detections(detections, self.conf_threshold, self.options.classes), tracks=False)
+        selected = select_detections(detections, self.conf_threshold, self.options)
+        draw(frame.image, selected, replace(self.options, tracks=False))
         return cv2.imencode(".jpg", frame.image)[1].tobytes()
 
     def save(self) -> dict[str, str]:
@@ -677,7 +732,7 @@ class Analysis:
         saved = {"video": f"{base}-boxes.mp4"} if self.options.video_output else {}
         if saved:
             join_chunks(self.chunks, saved["video"])
-        settings = {"model": DETECTOR.name, "threshold": self.conf_threshold, **asdict(self.options)}
+        settings = {"threshold": self.conf_threshold, **asdict(self.options)}
         settings |= {"step": self.step, "analysed_seconds": round(self.seconds, 3)}
         csv_path, json_path = self.results.save(base, settings)
         return saved | {"csv": csv_path, "json": json_path}
@@ -992,6 +1047,12 @@ def stop(request: gr.Request) -> None:
     RUNS.stop(request.session_hash)
 
 
+def offer_classes(model: str, chosen: list[str]) -> dict:
+    """The classes of a model. Those that it knows stay chosen."""
+    labels = [*DETECTORS[model].id2label.values()]
+    return gr.update(choices=labels, value=[label for label in chosen if label in labels])
+
+
 def allow_another_run(was_running: bool) -> dict:
     """After a failure. Where Gradio failed, for example at the conversion of a chunk, the run could not say so."""
     line = "The server could not prepare the stream. Press “Run again” to resume."
@@ -1074,7 +1135,7 @@ def show_results(analysis: Analysis) -> Iterator[dict]:
 
 def detect_video(
     video: dict, conf_threshold: float, classes: list[str], resolution: str, analysed: str, tracks: bool,
-    video_output: bool,
+    video_output: bool, model: str,
 ) -> Iterator[tuple[str | None, dict]]:  # fmt: skip
     """Detect objects on a whole video, for programs.
 
@@ -1086,11 +1147,13 @@ def detect_video(
         analysed: "As many as keep up" (with real time) or "Every frame".
         tracks: Whether to draw the objects' numbers and trails, true or false.
         video_output: Whether to make the annotated video, true or false. Without it, the detections come sooner.
+        model: The name of a model.
 
     Returns:
         The annotated video as one mp4 file with sound, and the detections, as README.md describes them.
     """
-    options = {name: check_argument(name, value) for name, value in locals().items()}
+    given = {"model": model} | locals()  # in this order: the classes depend on the model
+    options = {name: check_argument(name, value, model) for name, value in given.items()}
     path, conf_threshold = options.pop("video"), options.pop("conf_threshold")
     with new_run(object()) as run:
         for values in show_run(run, path, conf_threshold, Options(**options)):
@@ -1104,13 +1167,15 @@ def detect_video(
 ARGUMENTS = gr.utils.get_function_description(detect_video)[1]  # what the docstring says, by name
 
 
-def check_argument(name: str, value: object) -> object:
+def check_argument(name: str, value: object, model: str) -> object:
     """The value of an argument of `detect_video`, or an error with a sentence for the program.
 
     In Gradio 6.31, the components' own checks pass some wrong values, and fail on others without a sentence.
     """
     component = arguments[name]
     choices = [choice for _, choice in getattr(component, "choices", ())]
+    if name == "classes":
+        choices = [*DETECTORS[model].id2label.values()]
     if isinstance(component, gr.Video):
         with contextlib.suppress(ValueError):  # as Gradio does: else the path may be that of any file
             return gr.FileData.model_validate(value, context={"validate_meta": True}).path
@@ -1169,8 +1234,9 @@ def fetch_example(name: str) -> str | None:
 
 
 with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECONDS // 6, KEPT_SECONDS)) as demo:
-    model = f"{DETECTOR.name} on {DEVICE.type}"
-    intro = f"Upload a video and watch RT-DETR find the objects in it. <small>Model: {model}</small>"
+    families = " and ".join(dict.fromkeys(detector.family for detector in DETECTORS.values()))
+    models = f"Model{'s' if len(DETECTORS) > 1 else ''}: {', '.join(DETECTORS)} on {DEVICE.type}"
+    intro = f"Upload a video and watch {families} find the objects in it. <small>{models}</small>"
     gr.Markdown(f"# Streaming video object detection\n{intro}", elem_id="intro")
     if MODEL_NOTE:
         gr.Markdown(MODEL_NOTE)
@@ -1181,6 +1247,7 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
             if examples := example_videos():
                 gr.Examples(examples, inputs=source)
             with gr.Column(elem_id="settings"):
+                model = gr.Radio([*DETECTORS], value=DETECTOR.name, label="Model", visible=len(DETECTORS) > 1)
                 threshold = gr.Slider(
                     0, 1, 0.30, step=0.05, label="Confidence threshold",
                     info="How sure the model must be of an object, from 0 to 1.", elem_id="threshold",
@@ -1225,15 +1292,19 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
     is_running = gr.State(False)
     shown = [player, status, table, plot, files, progress, start_button, stop_button, is_running]
     # A new run replaces the one before, and runs have a queue of their own.
-    run = {"outputs": shown, "inputs_kwargs": options, "trigger_mode": "multiple", "concurrency_limit": None}
-    run |= {"show_progress": "hidden"}
+    run = {"outputs": shown, "inputs_kwargs": options | {"model": model}, "trigger_mode": "multiple"}
+    run |= {"concurrency_limit": None, "show_progress": "hidden"}
     new_source = [source.change, start_button.click]
     api = {"api_name": "stream_object_detection", "api_visibility": "undocumented"}  # a stream is of no use to programs
     started = gr.on(new_source, start, [source, threshold], js="startOver", **api, **run)
     changes = [setting.change for setting in (threshold, *options.values())]
     playhead = gr.Number(0, visible=False)
-    redrawn = gr.on(changes, redraw, [source, threshold, playhead], js="resume", api_visibility="private", **run)
-    for event in (started, redrawn):
+    again = {"fn": redraw, "inputs": [source, threshold, playhead], "js": "resume", "api_visibility": "private", **run}
+    redrawn = gr.on(changes, **again)
+    switched = model.change(
+        offer_classes, [model, classes], classes, queue=False, show_progress="hidden", api_visibility="private"
+    ).then(**again)  # after the classes: Gradio refuses any that the model does not know
+    for event in (started, redrawn, switched):
         event.failure(
             allow_another_run, is_running, [status, start_button, stop_button, is_running],
             queue=False, show_progress="hidden", api_visibility="private",
@@ -1244,7 +1315,7 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
     # Programs have the page's settings, with the same defaults. `detect_video` checks them, not Gradio.
     uploaded = gr.Video(label="Video", visible=False)
     with_video = gr.Checkbox(True, label="Annotated video", visible=False)
-    arguments = {"video": uploaded, "conf_threshold": threshold, **options, "video_output": with_video}
+    arguments = {"video": uploaded, "conf_threshold": threshold, **options, "video_output": with_video, "model": model}
     for name, component in arguments.items():  # what the page about the API says of it
         api_info = component.api_info() | {"additional_description": ARGUMENTS[name]}
         component.api_info = partial(dict, api_info)

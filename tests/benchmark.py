@@ -140,10 +140,10 @@ class Side:
 
             def stream(video: str, folder: str) -> Iterator[str]:
                 """As the page does it: in a thread, one chunk ahead."""
-                if job.keeps_up:
-                    self.step = app.step_to_keep_up(video, job.resolution)
-                plan = app.Plan(step=self.step, folder=folder)
                 options = app.Options(resolution=job.resolution)
+                if job.keeps_up:
+                    self.step = app.step_to_keep_up(video, options)
+                plan = app.Plan(step=self.step, folder=folder)
                 updates = app.stream_object_detection(video, CONF_THRESHOLD, options, plan=plan)
                 for update in Prefetcher(updates):
                     yield update.chunk

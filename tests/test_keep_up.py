@@ -45,15 +45,15 @@ def test_as_many_frames_are_analysed_as_keep_up_but_two_a_second_at_least(
 ):
     monkeypatch.setattr(app.DETECTOR, "seconds_per_frame", seconds_per_frame)
     path = str(Kind("rate", rate=rate, frames=6, audio=()).make(tmp_path))
-    assert app.step_to_keep_up(path, app.HALF) == step
+    assert app.step_to_keep_up(path, app.Options()) == step
     assert step * 2 <= max(2, rate / 2)
 
 
 def test_visitors_share_the_model(video, tmp_path, monkeypatch, slow_device):
     monkeypatch.setattr(app.DETECTOR, "seconds_per_frame", 0.035)
-    assert app.step_to_keep_up(video, app.HALF) == 1
+    assert app.step_to_keep_up(video, app.Options()) == 1
     with app.new_run("a"), app.new_run("b"), app.new_run("c"):
-        assert app.step_to_keep_up(video, app.HALF) == 3
+        assert app.step_to_keep_up(video, app.Options()) == 3
 
 
 def test_an_analysed_frame_is_known_after_the_end_of_each_chunk(video, slow_device, monkeypatch):

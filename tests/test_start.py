@@ -63,21 +63,23 @@ def test_a_hub_that_refuses_is_not_mistaken_for_a_missing_network(status):
 
 def test_a_local_folder_is_loaded_and_has_no_note(monkeypatch):
     monkeypatch.setenv("MODEL_ID", str(app.SHIPPED_MODEL))
-    detector, note = app.load_detector()
+    detectors, note = app.load_detectors()
+    (detector,) = detectors.values()
     assert (detector.name, detector.id2label[0], note) == (app.SHIPPED_MODEL.name, "circle", "")
 
 
 def test_a_model_id_that_cannot_be_loaded_is_an_error_with_a_sentence(monkeypatch):
     monkeypatch.setenv("MODEL_ID", "nobody/no-such-model")
     with pytest.raises(SystemExit, match=r"^The model 'nobody/no-such-model' in MODEL_ID is unavailable: .*\.$"):
-        app.load_detector()
+        app.load_detectors()
 
 
-def test_a_model_that_is_no_rt_detr_is_an_error_with_a_sentence(monkeypatch, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+@pytest.mark.parametrize("model_type", ["bert", "rf_detr", "lw_detr"])
+def test_a_model_of_another_family_is_an_error_with_a_sentence(model_type, monkeypatch, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
     monkeypatch.setenv("MODEL_ID", str(tmp_path))
-    with pytest.raises(SystemExit, match=r"cannot be used: it is a 'bert' model, not an RT-DETR detector$"):
-        app.load_detector()
+    with pytest.raises(SystemExit, match=rf"cannot be used: it is a '{model_type}' model. Known are .*DEIMv2$"):
+        app.load_detectors()
 
 
 @pytest.fixture
@@ -93,20 +95,20 @@ def cached_default(monkeypatch):
 
 
 def test_without_a_network_the_default_checkpoint_comes_from_the_cache(cached_default):
-    detector, note = app.load_detector()
-    assert (detector.name, note) == (app.DEFAULT_CPU_MODEL_ID, "")
+    detectors, note = app.load_detectors()
+    assert (list(detectors), note) == ([app.DEFAULT_CPU_MODEL_ID], "")
 
 
 def test_a_default_checkpoint_that_is_cached_but_broken_is_not_replaced(cached_default):
     (cached_default / "config.json").write_text("{")
     with pytest.raises(SystemExit, match=f"^The model '{app.DEFAULT_CPU_MODEL_ID}' cannot be used: "):
-        app.load_detector()
+        app.load_detectors()
 
 
 def test_a_bug_does_not_look_like_a_missing_network(cached_default, monkeypatch):
     monkeypatch.setattr(app.AutoConfig, "from_pretrained", lambda *_, **__: {}["broken"])
     with pytest.raises(KeyError, match="broken"):
-        app.load_detector()
+        app.load_detectors()
 
 
 def test_without_ffmpeg_the_app_says_what_is_missing(tmp_path):
@@ -134,12 +136,54 @@ def copy_of_the_shipped_model(folder, name, **changes):
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("size", {"shortest_edge": 256, "longest_edge": 512}), ("do_resize", False), ("do_pad", True), ("resample", 3)],
-)
+    [("size", {"shortest_edge": 256, "longest_edge": 512}), ("do_resize", False), ("do_pad", True), ("resample", 3),
+     ("image_processor_type", "DetrImageProcessor")],
+)  # fmt: skip
 def test_an_unsupported_image_processor_is_an_error_with_the_settings_name(setting, value, tmp_path):
     folder = copy_of_the_shipped_model(tmp_path / "model", "preprocessor_config.json", **{setting: value})
     with pytest.raises(ValueError, match=f"must have .*{setting}"):
         app.Detector(folder, "changed")
+
+
+FIVE = ["circle", "square", "triangle", "star", "cross"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("id2label", dict(enumerate(FIVE, 1))), ("id2label", dict(enumerate(FIVE[:3]))), ("id2label", None),
+     ("anchor_image_size", [640, 640]), ("anchor_image_size", 256), ("use_focal_loss", False)],
+)  # fmt: skip
+def test_a_checkpoint_that_cannot_work_is_an_error_with_the_settings_name(setting, value, tmp_path):
+    folder = copy_of_the_shipped_model(tmp_path / "model", "config.json", **{setting: value})
+    with pytest.raises(ValueError, match=setting):
+        app.Detector(folder, "changed")
+
+
+def test_two_classes_with_one_name_are_told_apart(tmp_path):
+    labels = dict(enumerate(["star", "cross", "star", "star", "square"]))
+    folder = copy_of_the_shipped_model(tmp_path / "model", "config.json", id2label=labels)
+    assert list(app.Detector(folder, "changed").id2label.values()) == [
+        "star",
+        "cross",
+        "star (2)",
+        "star (3)",
+        "square",
+    ]
+
+
+def test_several_models_are_loaded_and_the_first_is_the_default(monkeypatch, tmp_path):
+    other = copy_of_the_shipped_model(tmp_path / app.SHIPPED_MODEL.name, "config.json")
+    monkeypatch.setenv("MODEL_ID", f"{app.SHIPPED_MODEL}, {other},")
+    detectors, note = app.load_detectors()
+    name = app.SHIPPED_MODEL.name
+    assert ([*detectors], note) == ([name, f"{name} (2)"], "")
+    assert all(detector.name == key for key, detector in detectors.items())
+
+
+def test_one_of_several_models_that_cannot_be_loaded_is_an_error_with_its_name(monkeypatch):
+    monkeypatch.setenv("MODEL_ID", f"{app.SHIPPED_MODEL},nobody/no-such-model")
+    with pytest.raises(SystemExit, match=r"^The model 'nobody/no-such-model' in MODEL_ID is unavailable: .*\.$"):
+        app.load_detectors()
 
 
 def test_an_error_at_exit_does_not_abort_the_interpreter(tmp_path):

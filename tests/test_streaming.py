@@ -61,7 +61,7 @@ def test_a_stream_that_begins_in_mid_video_equals_the_rest_of_a_whole_one(tmp_pa
     found = [frame for update in rest for frame in update.frames]
     assert [frame.source_index for frame in found] == [frame.source_index for frame in expected]
     for one, other in zip(found, expected, strict=True):
-        sure = [app.select_detections(frame.detections, 0.5, ()) for frame in (one, other)]
+        sure = [app.select_detections(frame.detections, 0.5, app.Options()) for frame in (one, other)]
         np.testing.assert_allclose(*(found.xyxy for found in sure), atol=0.001)
         np.testing.assert_allclose(*(found.confidence for found in sure), atol=0.001)
         np.testing.assert_array_equal(*(found.class_id for found in sure))
@@ -76,29 +76,28 @@ def test_small_batches_make_the_same_chunks(numbered, small_batches, tmp_path, m
     assert [update.is_end for update in updates] == [False, False, True]
 
 
-def batches_of(video, start=0):
+def batches_of(video, batch_frames, start=0):
     info = app.read_video_info(video)
     frames = app.sample_frames(info, info.fps / 2, Fraction(1, 2), start)
-    return list(app.read_batches(frames, start, step=1, chunk_frames=30))
+    return list(app.read_batches(frames, start, step=1, chunk_frames=30, batch_frames=batch_frames))
 
 
-def test_a_chunk_is_one_batch_unless_the_detector_takes_fewer_frames(numbered, monkeypatch):
-    monkeypatch.setattr(app.DETECTOR, "batch_frames", 60)
-    batches = batches_of(numbered)
+def test_a_chunk_is_one_batch_unless_the_detector_takes_fewer_frames(numbered):
+    batches = batches_of(numbered, 60)
     assert [len(batch.frames) for batch in batches] == [30, 30, 2]
-    assert [len(batch.frames) for batch in batches_of(numbered, start=40)] == [20, 2], "chunks end at the same frames"
-    monkeypatch.setattr(app.DETECTOR, "batch_frames", 12)
-    batches = batches_of(numbered)
+    assert [len(batch.frames) for batch in batches_of(numbered, 60, start=40)] == [20, 2], (
+        "chunks end at the same frames"
+    )
+    batches = batches_of(numbered, 12)
     assert [len(batch.frames) for batch in batches] == [12, 12, 6, 12, 12, 6, 2]
     assert [batch.is_end for batch in batches] == [False] * 6 + [True]
 
 
 def test_batches_of_large_frames_are_small(numbered, monkeypatch):
-    monkeypatch.setattr(app.DETECTOR, "batch_frames", 60)
     monkeypatch.setattr(app, "BATCH_BYTES", 10 * 80 * 48 * 3)
-    assert max(len(batch.frames) for batch in batches_of(numbered)) <= 11
+    assert max(len(batch.frames) for batch in batches_of(numbered, 60)) <= 11
     monkeypatch.setattr(app, "BATCH_BYTES", 1)
-    assert {len(batch.frames) for batch in batches_of(numbered)} == {1}
+    assert {len(batch.frames) for batch in batches_of(numbered, 60)} == {1}
 
 
 def test_a_frame_that_is_shown_for_longer_is_detected_and_reported_once(tmp_path, monkeypatch):
@@ -135,7 +134,7 @@ def test_boxes_are_drawn_where_the_rendered_shapes_are(tmp_path):
     outlined = at_a_shape = total = 0
     for picture, frame in zip(pictures[::5], frames[::5], strict=True):
         true_boxes = shapes.example_truth(EXAMPLE.stem, frame.source_index)[0]
-        found = app.select_detections(frame.detections, 0.5, ())
+        found = app.select_detections(frame.detections, 0.5, app.Options())
         for box, number in zip(found.xyxy * (frame.source_size * 2), found.class_id, strict=True):
             total += 1
             outlined += outline_is_near(picture, box / 2, label_color(app.DETECTOR.id2label[number]))
@@ -185,12 +184,13 @@ def test_only_boxes_of_the_chosen_classes_are_drawn(tmp_path):
         assert changed.any()
         for picture, frame in zip(changed, detections, strict=True):
             height, width = picture.shape
-            for x1, y1, x2, y2 in app.select_detections(frame, 0.5, [label]).xyxy * (width, height, width, height):
+            for x1, y1, x2, y2 in app.select_detections(frame, 0.5, chosen).xyxy * (width, height, width, height):
                 picture[max(0, int(y1) - 30) : int(y2) + 30, max(0, int(x1) - 10) : int(x2) + 80] = False
         return changed.any()
 
     bare, detections = first_chunk(tmp_path, 1.0)
     label = app.DETECTOR.id2label[detections[0].class_id[0]]
+    chosen = app.Options(classes=[label])
     assert not is_drawn_elsewhere([label])
     assert is_drawn_elsewhere([])
 
