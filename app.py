@@ -1147,7 +1147,7 @@ def detect_video(
         analysed: "As many as keep up" (with real time) or "Every frame".
         tracks: Whether to draw the objects' numbers and trails, true or false.
         video_output: Whether to make the annotated video, true or false. Without it, the detections come sooner.
-        model: The name of a model.
+        model: The name of a model that the server has.
 
     Returns:
         The annotated video as one mp4 file with sound, and the detections, as README.md describes them.
@@ -1315,7 +1315,10 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
     # Programs have the page's settings, with the same defaults. `detect_video` checks them, not Gradio.
     uploaded = gr.Video(label="Video", visible=False)
     with_video = gr.Checkbox(True, label="Annotated video", visible=False)
+    labels = dict.fromkeys(label for detector in DETECTORS.values() for label in detector.id2label.values())
+    of_any_model = gr.Dropdown([*labels], multiselect=True, label="Classes", visible=False)
     arguments = {"video": uploaded, "conf_threshold": threshold, **options, "video_output": with_video, "model": model}
+    arguments["classes"] = of_any_model
     for name, component in arguments.items():  # what the page about the API says of it
         api_info = component.api_info() | {"additional_description": ARGUMENTS[name]}
         component.api_info = partial(dict, api_info)

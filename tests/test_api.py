@@ -26,7 +26,7 @@ def client(server):
 
 def settings(path, conf_threshold=0.3):
     """Everything that the page sends."""
-    return [handle_file(path), conf_threshold, [], "Half (fast)", "As many as keep up", True]
+    return [handle_file(path), conf_threshold, [], "Half (fast)", "As many as keep up", True, app.DETECTOR.name]
 
 
 def test_the_stream_can_be_called_by_name_and_is_as_long_as_the_video(client, tmp_path):
@@ -107,7 +107,7 @@ def test_a_program_can_do_without_the_video(client):
      ("conf_threshold", 1.1, "number from 0 to 1"), ("conf_threshold", True, "number from 0 to 1"),
      ("classes", "dog", "triangle, star"), ("classes", ["star", "dog"], "triangle, star"), ("classes", 5, "list"),
      ("resolution", None, "Full"), ("analysed", "all", "Every frame"), ("tracks", None, "true or false"),
-     ("video_output", "no", "true or false")],
+     ("video_output", "no", "true or false"), ("model", "no-such-model", app.DETECTOR.name)],
 )  # fmt: skip
 def test_a_wrong_argument_gets_a_sentence_that_says_what_is_expected(client, argument, value, expected):
     given = {"video": handle_file(EXAMPLE), argument: value}
@@ -130,7 +130,7 @@ def test_the_api_has_one_endpoint_with_names_defaults_and_descriptions(client):
     assert set(endpoints) == {"/detect_video"}, "programs cannot use the page's stream"
     parameters = endpoints["/detect_video"]["parameters"]
     names = [parameter["parameter_name"] for parameter in parameters]
-    assert names == ["video", "conf_threshold", "classes", "resolution", "analysed", "tracks", "video_output"]
+    assert names == ["video", "conf_threshold", "classes", "resolution", "analysed", "tracks", "video_output", "model"]
     assert all(parameter["parameter_has_default"] for parameter in parameters[1:])
     described = [parameter["python_type"]["description"] for parameter in parameters]
     assert described == [app.ARGUMENTS[name] for name in names]

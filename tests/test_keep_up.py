@@ -1,14 +1,17 @@
 """On a slow device every n-th frame is analysed: how n is chosen, what is drawn, what is reported, what is kept."""
 
 import contextlib
+import json
 import re
 import shutil
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import shapes
+from checkpoints import renamed_checkpoint
 from streams import all_end, analysis_of, count_passes, run, stream
 from videos import Kind, read_chunks, read_number
 
@@ -54,6 +57,24 @@ def test_visitors_share_the_model(video, tmp_path, monkeypatch, slow_device):
     assert app.step_to_keep_up(video, app.Options()) == 1
     with app.new_run("a"), app.new_run("b"), app.new_run("c"):
         assert app.step_to_keep_up(video, app.Options()) == 3
+
+
+def test_each_model_has_its_own_detections_labels_and_step(tmp_path, monkeypatch):
+    other = app.Detector(renamed_checkpoint(tmp_path / "renamed"), "renamed")
+    monkeypatch.setitem(app.DETECTORS, "renamed", other)
+    monkeypatch.setattr(other, "seconds_per_frame", 0.18)
+    monkeypatch.setattr(app.DETECTOR, "seconds_per_frame", 0)
+    passes, passes_of_other = count_passes(monkeypatch), count_passes(monkeypatch, other)
+    example = shutil.copy(EXAMPLE, tmp_path)
+    for _ in range(2):  # going back costs nothing
+        report = keep_up(example)
+        report_of_other = run(example, analysed=KEEP_UP, model="renamed", classes=["ring", "star"], save_to=tmp_path)
+        assert (sum(passes), sum(passes_of_other)) == (len(report.cached), len(report_of_other.cached))
+    assert (report.step, report_of_other.step) == (1, 5)
+    assert {"circle", "star"} < set(report.results.detections()["label"])
+    assert set(report_of_other.results.detections()["label"]) == {"ring", "star"}
+    saved = json.loads(Path(report_of_other.saved["json"]).read_text())
+    assert saved["model"] == "renamed"
 
 
 def test_an_analysed_frame_is_known_after_the_end_of_each_chunk(video, slow_device, monkeypatch):

@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 import shapes
 from axe_playwright_python.sync_playwright import Axe
+from checkpoints import renamed_checkpoint
 from conftest import open_page, running_app
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
 from PIL import Image
 from playwright.sync_api import expect
 from videos import Kind, assert_colours, beep_onsets, ffmpeg
@@ -829,3 +832,39 @@ def test_after_a_failed_conversion_there_is_a_sentence_and_the_video_can_be_run_
         failing.unlink()
         start.click()
         wait_until_done(page)
+
+
+def test_one_model_is_no_choice(page):
+    expect(page.get_by_label("Confidence threshold").first).to_be_visible()
+    expect(page.get_by_text("Model", exact=True)).to_have_count(0)
+
+
+def test_a_choice_of_models_changes_classes_and_results_and_back(browser, tmp_path):
+    models = f"{app.SHIPPED_MODEL},{renamed_checkpoint(tmp_path / 'renamed')}"
+    (tmp_path / "server").mkdir()
+    with running_app(tmp_path / "server", MODEL_ID=models) as (url, _), open_page(browser, url) as page:
+        expect(page.locator("#intro")).to_contain_text(f"Models: {app.DETECTOR.name}, renamed on cpu")
+        choose_example(page, "bouncing-shapes")
+        wait_until_done(page)
+        for label in ("circle", "star"):
+            page.get_by_label("Classes").click()
+            page.get_by_role("option", name=label).click()
+            page.keyboard.press("Escape")
+        expect(page.locator("#table [role=row]")).to_have_count(3)
+        wait_until_done(page)
+        renamed = ["ring", "box", "wedge", "star", "plus"]
+        for model, labels in (("renamed", renamed), (app.DETECTOR.name, shapes.LABELS)):
+            page.get_by_label(model).click()
+            expect(page.locator("#table [role=row]")).to_have_count(2)  # the star is the only class that both know
+            wait_until_done(page)
+            assert list(table_rows(page)) == ["star"]
+            page.get_by_label("Classes").click()
+            names = [option.inner_text().removeprefix("✓").strip() for option in page.get_by_role("option").all()]
+            assert names == list(labels)
+            page.keyboard.press("Escape")
+            screenshot(page, f"model-{model}")
+        client, video = Client(url, verbose=False), handle_file(EXAMPLE)
+        _, found = client.predict(video, classes="ring", model="renamed", api_name="/detect_video")
+        assert (found["model"], {detection["label"] for detection in found["detections"]}) == ("renamed", {"ring"})
+        with pytest.raises(AppError, match=r"classes cannot be .*Known: ring, box"):
+            client.predict(video, classes="circle", model="renamed", api_name="/detect_video")

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from checkpoints import changed_checkpoint
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.file_download import repo_folder_name
 
@@ -126,21 +127,13 @@ def test_the_bundled_ffmpeg_comes_first_in_the_path(monkeypatch):
     assert version.startswith("ffmpeg version")
 
 
-def copy_of_the_shipped_model(folder, name, **changes):
-    """The shipped checkpoint with settings changed in one of its JSON files."""
-    shutil.copytree(app.SHIPPED_MODEL, folder)
-    path = folder / name
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return str(folder)
-
-
 @pytest.mark.parametrize(
     ("setting", "value"),
     [("size", {"shortest_edge": 256, "longest_edge": 512}), ("do_resize", False), ("do_pad", True), ("resample", 3),
      ("image_processor_type", "DetrImageProcessor")],
 )  # fmt: skip
 def test_an_unsupported_image_processor_is_an_error_with_the_settings_name(setting, value, tmp_path):
-    folder = copy_of_the_shipped_model(tmp_path / "model", "preprocessor_config.json", **{setting: value})
+    folder = changed_checkpoint(tmp_path / "model", "preprocessor_config.json", **{setting: value})
     with pytest.raises(ValueError, match=f"must have .*{setting}"):
         app.Detector(folder, "changed")
 
@@ -154,20 +147,20 @@ FIVE = ["circle", "square", "triangle", "star", "cross"]
      ("anchor_image_size", [640, 640]), ("anchor_image_size", 256), ("use_focal_loss", False)],
 )  # fmt: skip
 def test_a_checkpoint_that_cannot_work_is_an_error_with_the_settings_name(setting, value, tmp_path):
-    folder = copy_of_the_shipped_model(tmp_path / "model", "config.json", **{setting: value})
+    folder = changed_checkpoint(tmp_path / "model", "config.json", **{setting: value})
     with pytest.raises(ValueError, match=setting):
         app.Detector(folder, "changed")
 
 
 def test_two_classes_with_one_name_are_told_apart(tmp_path):
     labels = dict(enumerate(["star", "cross", "star", "star", "square"]))
-    folder = copy_of_the_shipped_model(tmp_path / "model", "config.json", id2label=labels)
+    folder = changed_checkpoint(tmp_path / "model", "config.json", id2label=labels)
     found = app.Detector(folder, "changed").id2label
     assert found == dict(enumerate(["star", "cross", "star (2)", "star (3)", "square"]))
 
 
 def test_several_models_are_loaded_and_the_first_is_the_default(monkeypatch, tmp_path):
-    other = copy_of_the_shipped_model(tmp_path / app.SHIPPED_MODEL.name, "config.json")
+    other = changed_checkpoint(tmp_path / app.SHIPPED_MODEL.name, "config.json")
     monkeypatch.setenv("MODEL_ID", f"{app.SHIPPED_MODEL}, {other},")
     detectors, note = app.load_detectors()
     name = app.SHIPPED_MODEL.name

@@ -174,6 +174,12 @@ def test_every_forked_worker_can_use_pytorch_in_a_thread(happened):
     assert len({token for token, _ in run["releases"]}) == 10
 
 
+def test_a_worker_uses_the_chosen_model(happened):
+    run = happened("another_model")
+    assert run["scores"] == [0.75] * 4
+    assert len(run["requests"]) == 1
+
+
 def test_a_request_is_for_the_rest_at_the_pace_of_the_call_before(happened):
     (first, assumed), (rest, measured), *_ = happened("budget_that_ends")["paces"]
     assert (first, assumed) == (61, app.GPU_SECONDS_PER_FRAME)

@@ -1,5 +1,7 @@
-"""Small checkpoints of RT-DETR's relatives, with random weights."""
+"""Small checkpoints: the shipped one with other settings, and RT-DETR's relatives with random weights."""
 
+import json
+import shutil
 from pathlib import Path
 
 import shapes
@@ -56,6 +58,19 @@ LITE = {
     "use_gateway": False,
     "share_bbox_head": True,
 }
+
+
+def changed_checkpoint(folder: Path, name: str, **changes: object) -> str:
+    """Writes the shipped checkpoint with settings changed in one of its JSON files. Returns the folder."""
+    shutil.copytree(shapes.MODEL_DIR, folder)
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return str(folder)
+
+
+def renamed_checkpoint(folder: Path) -> str:
+    """The same detector with other names for all classes but the star."""
+    return changed_checkpoint(folder, "config.json", id2label=dict(enumerate(["ring", "box", "wedge", "star", "plus"])))
 
 
 def configuration(kind: str) -> PreTrainedConfig:

@@ -50,15 +50,15 @@ def all_end(new_threads, seconds=3):
     return not new_threads()
 
 
-def count_passes(monkeypatch):
+def count_passes(monkeypatch, detector=app.DETECTOR):
     """A list that gets the number of frames of each forward pass, once those of the tests before have ended."""
     assert all_end(lambda: {thread for thread in busy_threads() if thread.name.startswith("prefetch")}, seconds=10)
     passes = []
-    forward = app.DETECTOR.model.forward
+    forward = detector.model.forward
 
     def counting(*args, **kwargs):
         passes.append(len(kwargs["pixel_values"]))
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(app.DETECTOR.model, "forward", counting)
+    monkeypatch.setattr(detector.model, "forward", counting)
     return passes
