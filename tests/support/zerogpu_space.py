@@ -218,7 +218,7 @@ def short_quota(video: str, platform: Platform) -> dict:
     with patched(app, gpu_budget_seconds=lambda frames, _: 20 if frames > 30 else 5):
         platform.left_seconds = 12
         run = watch(analysis_of(video, 1.0)) | record(platform)
-        os.utime(video)
+        app.cached_video.cache_clear()
         platform.left_seconds = 4
         return run | {"without_a_chunk": watch(analysis_of(video, 1.0))}
 
@@ -328,7 +328,7 @@ def forks(video: str, platform: Platform) -> dict:
     platform.has_always_new_gpus = True
     frames = []
     for _ in range(10):
-        os.utime(video)
+        app.cached_video.cache_clear()
         frames.append(watch(analysis_of(video, 1.0))["frames"])
     return {"frames": frames} | record(platform)
 
@@ -367,7 +367,7 @@ def main() -> None:
     report = {}
     for scenario, path in scenarios:
         began = time.monotonic()
-        os.utime(path)  # so that the cache takes it for another file
+        app.cached_video.cache_clear()
         try:
             report[scenario.__name__] = scenario(path, Platform())
         except Exception:
