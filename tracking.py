@@ -1,4 +1,5 @@
-"""Follows detections from frame to frame: camera cuts, numbered objects, and boxes on frames that were skipped.
+"""Follows detections from frame to frame: camera cuts, numbered objects, the lines that they cross, and boxes on frames
+that were skipped.
 
 It knows neither the model nor the page.
 """
@@ -11,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -31,6 +33,8 @@ NEAR = 0.4  # box sizes: at this distance, two boxes are 1/e as alike as in the 
 MIN_LIKENESS = 0.005  # for two boxes to match: at most 2.1 box sizes apart
 SHIFT_PROPOSERS, SHIFT_VOTERS = 3, 12  # objects that tell how the camera has moved; more take longer
 TRAIL_SECONDS = 1.5
+LINE_MARGIN = 0.2  # of an object's size: so far beyond a line, it has crossed
+LIT_SECONDS = 0.5  # how long a crossed line lights up
 
 
 @dataclass(eq=False, slots=True)
@@ -106,6 +110,7 @@ class ObjectTracker:
         self._tracks, self._next_id = np.zeros(0, TRACK), 0
         self._count: Counter[int] = Counter()  # objects of each class
         self._recent: deque[Detections] = deque(maxlen=max(1, round(TRAIL_SECONDS * fps)))  # those with numbers
+        self.track_ids: list[list[int]] = []  # on each frame of the last update, those of the detections
 
     def update(self, frames: Sequence[Detections], cuts: Sequence[bool]) -> list[Detections]:
         """The detections on the next frames with their objects' numbers.
@@ -113,13 +118,13 @@ class ObjectTracker:
         A new number also holds for the object's earlier detections in these frames. `cuts` tells for each frame whether
         a shot begins with it.
         """
-        ids, numbers = [], {}
+        self.track_ids, numbers = [], {}
         for detections, is_cut in zip(frames, cuts, strict=True):
             if is_cut:
                 self._tracks = self._tracks[:0]
-            ids.append(self._track(detections))
+            self.track_ids.append(self._track(detections))
             numbers.update(self._tracks[["id", "number"]].tolist())
-        numbered = [np.array([numbers[track] for track in found], int) for found in ids]
+        numbered = [np.array([numbers[track] for track in found], int) for found in self.track_ids]
         return [replace(found, tracker_id=number) for found, number in zip(frames, numbered, strict=True)]
 
     def _track(self, detections: Detections) -> list[int]:
@@ -229,6 +234,117 @@ def likeness(some: Detections, others: Detections, shifts: np.ndarray | int = 0)
 def _centres(xyxy: np.ndarray) -> np.ndarray:
     """(N, 2) of boxes (N, 4)."""
     return (xyxy[:, :2] + xyxy[:, 2:]) / 2
+
+
+# ---------------------------------------------------------------------------------------------------------- lines
+
+
+class Crossing(NamedTuple):
+    """An object has crossed a line."""
+
+    source_index: int  # of the first frame on which it was beyond
+    line: int  # from 0
+    is_in: bool  # the direction: to the right of the way from the line's first point to its second one
+    class_id: int
+    number: int  # of the object in its class
+
+
+@dataclass(eq=False, slots=True)
+class Path:
+    """How an object goes past a line."""
+
+    is_in: bool  # the side on which it was last clear of the line; at first, where it was first seen
+    distance: float  # from the line when it was last seen, negative on the "out" side
+    along: float  # where on the line that was: 0 at its first point, 1 at the second one
+    crossed_on: int | None = None  # the frame of the last change of sides; None if that was beyond the line's ends
+
+    def move(self, distance: float, along: float, frame: int) -> None:
+        if (distance > 0) != (self.distance > 0):
+            met = self.along + (along - self.along) * self.distance / (self.distance - distance)
+            self.crossed_on = frame if 0 <= met <= 1 else None
+        self.distance, self.along = distance, along
+
+    def settle(self, margin: float) -> bool:
+        """Whether the object has just crossed: it is clear of the line, and was so on the other side before."""
+        is_in = self.distance > 0
+        if abs(self.distance) <= margin or is_in == self.is_in:
+            return False
+        self.is_in = is_in
+        return self.crossed_on is not None
+
+
+class LineCounter:
+    """Counts the objects that cross lines, in each direction.
+
+    Of each object, one point counts, which is on the ground if the object is: the centre of the box's bottom edge.
+    Where it was out of sight, it went straight. It has crossed when it is clear of the line on the other side, by
+    `LINE_MARGIN`, so nobody counts who sways on the line.
+
+    Args:
+        lines: L of them: x1, y1, x2, y2, relative to the frame (0 to 1). No line is a point.
+        fps: Of the output.
+    """
+
+    def __init__(self, lines: Sequence[Sequence[float]], fps: Fraction):
+        self._lines = np.array(lines, float).reshape(-1, 2, 2)
+        self._frames_to_keep, self._frames_lit = round(LOST_SECONDS * fps), max(1, round(LIT_SECONDS * fps))
+        self._paths: dict[int, list[Path]] = {}  # past each line, by track
+        self._last_seen: dict[int, int] = {}  # by track
+        self._frame = 0
+        self._last_crossed = np.full(len(lines), -math.inf)
+        self.counts = np.zeros((len(lines), 2), int)  # of each line: in, out
+
+    @property
+    def is_lit(self) -> np.ndarray:
+        """Whether each line was crossed in the last `LIT_SECONDS`: bool (L,)."""
+        return self._frame - self._last_crossed < self._frames_lit
+
+    def update(
+        self, detections: Detections, track_ids: Sequence[int], source_index: int, aspect_ratio: float
+    ) -> list[Crossing]:
+        """The crossings that are certain with the next frame. What has no number yet counts when it has one.
+
+        Args:
+            detections: With their numbers.
+            track_ids: As `ObjectTracker.track_ids` on this frame. As tracks end at a cut, nobody crosses there.
+            source_index: Number of the frame in the source.
+            aspect_ratio: Of the frame, width by height.
+        """
+        if not len(self._lines):  # saves time
+            return []
+        self._frame += 1
+        for track in [id for id, seen in self._last_seen.items() if self._frame - seen > self._frames_to_keep + 1]:
+            del self._paths[track], self._last_seen[track]
+        crossings = []
+        distances, along, margins = self._places(detections.xyxy, aspect_ratio)
+        for index, track in enumerate(track_ids):
+            places = list(zip(distances[index], along[index], strict=True))
+            paths = self._paths.setdefault(track, [Path(place[0] > 0, *place) for place in places])
+            self._last_seen[track] = self._frame
+            number, class_id = detections.tracker_id[index].item(), detections.class_id[index].item()
+            for line, (path, place) in enumerate(zip(paths, places, strict=True)):
+                path.move(*place, source_index)
+                if number and path.settle(margins[index][line]):
+                    crossings.append(Crossing(path.crossed_on, line, path.is_in, class_id, number))
+                    self.counts[line, 0 if path.is_in else 1] += 1
+                    self._last_crossed[line] = self._frame
+        return crossings
+
+    def _places(self, xyxy: np.ndarray, aspect_ratio: float) -> tuple[list, list, list]:
+        """Of boxes (N, 4): the distances from the lines, the places along them, and the margins: (N, L).
+
+        Distances are relative to the frame's height.
+        """
+        square = np.array([aspect_ratio, 1])
+        starts, ends = self._lines.swapaxes(0, 1) * square
+        ways = ends - starts
+        lengths = np.linalg.norm(ways, axis=1)
+        anchors = np.column_stack((xyxy[:, [0, 2]].mean(axis=1), xyxy[:, 3])) * square
+        x, y = np.moveaxis(anchors[:, None] - starts, -1, 0)
+        distances = (y * ways[:, 0] - x * ways[:, 1]) / lengths
+        along = (x * ways[:, 0] + y * ways[:, 1]) / lengths**2
+        sizes = ((xyxy[:, 2:] - xyxy[:, :2]) * square) @ abs(ways[:, ::-1] / lengths[:, None]).T
+        return distances.tolist(), along.tolist(), (LINE_MARGIN * sizes).tolist()
 
 
 # ------------------------------------------------------------------------------------------------- skipped frames
