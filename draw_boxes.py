@@ -1,4 +1,4 @@
-"""Draws detections on a frame: for each box an outline, a tag, and the trail of its object."""
+"""Draws on a frame: for each detection an outline, a tag, and the trail of its object; and the lines that count."""
 
 import hashlib
 import itertools
@@ -24,6 +24,9 @@ PALETTE = [
 ]  # fmt: skip
 # Found by search, with the palette's order: labels often seen together (traffic, pets, a laid table, shapes) differ.
 PALETTE_SALT = 583273
+
+# White, magenta, navy and sand: of counting lines, which no label has.
+LINE_COLORS = {"A": "#ffffff", "B": "#ee00ee", "C": "#1a2a8a", "D": "#f2d3a2"}
 
 BGR = tuple[int, int, int]
 
@@ -80,23 +83,23 @@ def draw_bounding_boxes(
     trails = [()] * len(boxes) if trails is None else trails
     _check(frame, boxes, scores, labels, track_ids, trails)
     height, width = frame.shape[:2]
-    line_width = 2 * math.ceil(math.sqrt(height * width) * LINE_WIDTH / 2)
-    scale = max(width / PLAYER_SIZE[0], height / PLAYER_SIZE[1])
-    text_size = max(MIN_TEXT_SIZE_PIXELS, round(TEXT_SIZE_IN_PLAYER * scale))
+    line_width, text_size = _sizes(frame)
 
     boxes = np.clip(boxes, 0, [width, height, width, height])
     visible = (boxes[:, :2] < boxes[:, 2:]).all(axis=1)  # False for NaN, too
+    colors = [_bgr(label_color(label)) for label in labels]
     order = [i for i in np.argsort(scores, kind="stable") if visible[i]]
     # All trails come before the first outline, and all outlines before the first tag: no line crosses out a text.
     for i in order:
         if len(trails[i]):
-            _draw_trail(frame, np.vstack([trails[i], boxes[i].reshape(2, 2).mean(axis=0)]), _bgr(labels[i]), line_width)
+            _draw_trail(frame, np.vstack([trails[i], boxes[i].reshape(2, 2).mean(axis=0)]), colors[i], line_width)
     for i in order:
-        _draw_outline(frame, boxes[i], _bgr(labels[i]), line_width)
+        _draw_outline(frame, boxes[i], colors[i], line_width)
     for i in order:
         number = f" {track_ids[i]}" if track_ids[i] else ""
-        texts = [f"{labels[i]}{number}: {scores[i]:.2f}", f"{labels[i]}{number}", number]
-        _put_tag(frame, boxes[i], (_tag(text, _bgr(labels[i]), text_size) for text in texts if text))
+        label = " ".join(labels[i].split())  # a line break would put text below the tag
+        texts = [f"{label}{number}: {scores[i]:.2f}", f"{label}{number}", number]
+        _put_tag(frame, boxes[i], (_tag(text, colors[i], text_size) for text in texts if text))
     return frame
 
 
@@ -114,8 +117,85 @@ def _check(frame, boxes, scores, labels, track_ids, trails) -> None:
         raise ValueError(f"trails must be {len(boxes)} arrays of finite numbers of shape (K, 2), one for each box.")
 
 
-def _bgr(label: str) -> BGR:
-    red, green, blue = bytes.fromhex(label_color(label)[1:])
+def draw_lines(frame: np.ndarray, lines: np.ndarray, is_lit: Sequence[bool]) -> None:
+    """Draws counting lines into a frame, each with an arrow at its middle to its "in" side, the right of its way.
+
+    Args:
+        frame: As for `draw_bounding_boxes`.
+        lines: Numbers, (L, 4), at most four: x1, y1, x2, y2 in pixels of the frame.
+        is_lit: Whether each line lights up.
+    """
+    line_width, text_size = _sizes(frame)
+    for (start, end, tip), color, lit in zip(_strokes(lines, text_size), LINE_COLORS.values(), is_lit, strict=False):
+        middle = (start + end) // 2
+        layers = [(2 * line_width, _text_color(_bgr(color))), (line_width, _bgr(color))]
+        if lit:
+            layers = [(4 * line_width, _bgr(color)), (line_width, _text_color(_bgr(color)))]
+        for width, layer in layers:
+            cv2.line(frame, start.tolist(), end.tolist(), layer, width, cv2.LINE_AA)
+            cv2.arrowedLine(frame, middle.tolist(), tip.tolist(), layer, width, cv2.LINE_AA, tipLength=0.5)
+
+
+def draw_line_counts(frame: np.ndarray, lines: np.ndarray, counts: np.ndarray | None = None) -> None:
+    """Writes beside each line its letter, and how many objects have crossed it: `A  in 12  out 9`.
+
+    The text covers neither a line nor another text if there is a place for it at the line's middle or ends.
+
+    Args:
+        frame, lines: As for `draw_lines`.
+        counts: Integers, (L, 2): in, out. Without them, there are only letters.
+    """
+    height, width = frame.shape[:2]
+    line_width, text_size = _sizes(frame)
+    strokes = _strokes(lines, text_size)
+    segments = [part for start, end, tip in strokes for part in ((start, end), ((start + end) // 2, tip))]
+    taken: list[tuple[int, int, int, int]] = []  # left, top, width, height
+    for index, ((start, end, _), (letter, color)) in enumerate(zip(strokes, LINE_COLORS.items(), strict=False)):
+        text = letter if counts is None else f"{letter}  in {counts[index][0]}  out {counts[index][1]}"
+        tag = _tag(text, _bgr(color), text_size)
+        size = np.array(tag.shape[1::-1])
+        normal = _normal(start, end)
+        reach = abs(normal) @ size / 2 + 2 * line_width
+        places = []
+        for share, side in itertools.product((0.5, 0.2, 0.8, 0, 1), (-1, 1)):
+            corner = start + share * (end - start) + side * reach * normal - size / 2
+            left, top = np.clip(corner, 0, np.maximum((width, height) - size, 0)).astype(int).tolist()
+            place = (left, top, *size.tolist())
+            hits = sum(cv2.clipLine(place, *map(np.ndarray.tolist, segment))[0] for segment in segments)
+            places.append((hits + sum(_overlap(place, other) for other in taken), place))
+        _, (left, top, _, _) = min(places, key=lambda rated: rated[0])
+        taken.append((left, top, *size.tolist()))
+        place = frame[top : top + size[1], left : left + size[0]]
+        place[:] = tag[: place.shape[0], : place.shape[1]]
+
+
+def _strokes(lines: np.ndarray, text_size: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Of each line, the ends and the tip of its arrow: whole pixels (2,)."""
+    ends = [(np.array(line[:2]), np.array(line[2:])) for line in np.asarray(lines).round().astype(int)]
+    return [(a, b, ((a + b) / 2 + 1.6 * text_size * _normal(a, b)).astype(int)) for a, b in ends]
+
+
+def _normal(start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """The direction to the right of the way, (2,), of length 1."""
+    x, y = (end - start) / max(1, math.dist(start, end))
+    return np.array([-y, x])
+
+
+def _overlap(some: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two rectangles (left, top, width, height) have pixels in common."""
+    return all(some[i] < other[i] + other[i + 2] and other[i] < some[i] + some[i + 2] for i in (0, 1))
+
+
+def _sizes(frame: np.ndarray) -> tuple[int, int]:
+    """The width of lines and the size of text, in pixels."""
+    height, width = frame.shape[:2]
+    line_width = 2 * math.ceil(math.sqrt(height * width) * LINE_WIDTH / 2)
+    scale = max(width / PLAYER_SIZE[0], height / PLAYER_SIZE[1])
+    return line_width, max(MIN_TEXT_SIZE_PIXELS, round(TEXT_SIZE_IN_PLAYER * scale))
+
+
+def _bgr(color: str) -> BGR:
+    red, green, blue = bytes.fromhex(color[1:])
     return blue, green, red
 
 
@@ -141,7 +221,6 @@ def _draw_outline(frame: np.ndarray, box: np.ndarray, color: BGR, line_width: in
 @lru_cache(maxsize=256)  # the same few tags come again and again; one of a 4K frame takes 0.2 MB
 def _tag(text: str, color: BGR, text_size: int) -> np.ndarray:
     """A line of text on a coloured ground, uint8 (height, width, 3) BGR."""
-    text = " ".join(text.split())  # a line break would put text below the tag
     font = cv2.FontFace("sans")  # made in 1 µs; not to be shared, because OpenCV keeps its fonts per thread
     text_width = cv2.getTextSize((0, 0), text, (0, 0), font, text_size, TEXT_WEIGHT)[2]
     padding, height = round(text_size * 0.35), round(text_size * 1.4)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from tracking import Detections
+from tracking import Crossing, Detections
 from video import VideoInfo
 
 COUNTED_SECONDS = 1.0  # how long an object must be seen to count
@@ -26,6 +26,8 @@ BOX_COLUMNS = ["x1", "y1", "x2", "y2"]
 COLUMNS = ["time_seconds", "frame", "label", "track", "score", *BOX_COLUMNS]  # of the CSV file
 FORMAT_VERSION = 1  # of the JSON file: higher if a key changes or goes, not if one is added
 TABLE_HEADERS = ["Class", "Objects", "Most at once", "First (s)", "Last (s)"]
+CROSSING_COLUMNS = ["second", "frame", "line", "direction", "class", "number"]  # of the CSV file
+LINE_HEADERS = ["Line", "Class", "In", "Out", "First (s)"]
 
 
 class FrameDetections(NamedTuple):
@@ -78,6 +80,7 @@ class Results:
         self._enough_ms = 1000 * min(COUNTED_SECONDS, info.duration_seconds / 2)
         self._objects: dict[tuple[int, int], SeenObject] = {}  # by class and number
         self._classes: dict[str, SeenClass] = {}
+        self._crossings: list[Crossing] = []
 
     @property
     def frame_count(self) -> int:
@@ -157,16 +160,39 @@ class Results:
         rows = [(second, label, seen.most_at_once.get(second, 0)) for label, seen in classes for second in points]
         return pd.DataFrame(rows, columns=["second", "class", "count"])
 
-    def save(self, base: str, settings: Mapping[str, object]) -> list[str]:
-        """Writes the detections as CSV and JSON, which README.md describes. Returns the paths.
+    def add_crossings(self, crossings: Iterable[Crossing]) -> None:
+        self._crossings += crossings
+
+    def crossings(self) -> pd.DataFrame:
+        """A row per crossing, by time, with `CROSSING_COLUMNS`. Lines are A to D, directions "in" and "out"."""
+        seconds = self.info.pts_seconds
+        rows = [
+            (seconds[index], index, "ABCD"[line], ("out", "in")[is_in], self._id2label[class_id], number)
+            for index, line, is_in, class_id, number in sorted(self._crossings)
+        ]
+        return pd.DataFrame(rows, columns=CROSSING_COLUMNS).round({"second": 3})
+
+    def crossings_per_line(self) -> pd.DataFrame:
+        """A row per line and class that crossed it, with `LINE_HEADERS`."""
+        groups = self.crossings().groupby(["line", "class"])
+        rows = [
+            (*key, (group["direction"] == "in").sum(), (group["direction"] == "out").sum(), group["second"].min())
+            for key, group in groups
+        ]
+        return pd.DataFrame(rows, columns=LINE_HEADERS).round(1)
+
+    def save(self, base: str, settings: Mapping[str, object]) -> dict[str, str]:
+        """Writes the detections as CSV and JSON, and with lines the crossings as CSV, as README.md describes them.
+
+        Returns the paths by kind.
 
         Args:
             base: Path of the files, without a suffix.
             settings: What the JSON file says besides.
         """
-        csv_path, json_path = f"{base}.csv", f"{base}.json"
+        paths = {"csv": f"{base}.csv", "json": f"{base}.json"}
         found = self.detections()
-        found.to_csv(csv_path, index=False)
+        found.to_csv(paths["csv"], index=False)
         found["box"] = found[BOX_COLUMNS].to_numpy().tolist()
         (width, height), fps = self.source_size, float(self.info.fps)
         video = {"name": Path(self.info.path).name, "width": width, "height": height, "fps": fps}
@@ -174,6 +200,11 @@ class Results:
         frames = sorted(self._rows)
         analysed = {"analysed_frame_count": len(frames), "analysed_frames": frames}
         detections = json.loads(found.drop(columns=BOX_COLUMNS).to_json(orient="records"))
+        crossings = self.crossings()
         content = {"format_version": FORMAT_VERSION, **settings, "video": video, **analysed, "detections": detections}
-        Path(json_path).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-        return [csv_path, json_path]
+        content["crossings"] = json.loads(crossings.to_json(orient="records"))
+        Path(paths["json"]).write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+        if settings.get("lines"):
+            paths["crossings"] = f"{base}-crossings.csv"
+            crossings.to_csv(paths["crossings"], index=False)
+        return paths
