@@ -5,8 +5,8 @@ From top to bottom, this file follows the data: settings, the `@spaces.GPU` gene
 | Room | What is in it |
 |---|---|
 | `video.py` | files, frames and their times, sound, chunks |
-| `tracking.py` | detections over time: cuts, objects' numbers, boxes on skipped frames |
-| `draw_boxes.py` | boxes, tags and trails on a picture |
+| `tracking.py` | detections over time: cuts, objects' numbers, who crosses a line, boxes on skipped frames |
+| `draw_boxes.py` | boxes, tags, trails and lines on a picture |
 | `results.py` | what a run has found: table, counts, files |
 | `runs.py` | who runs when: the queue, and threads that stay one step ahead |
 | `assets/` | the page's script and style |
@@ -77,10 +77,10 @@ from transformers import (
     RTDetrImageProcessorPil,
 )
 
-from draw_boxes import draw_bounding_boxes, label_color
+from draw_boxes import LINE_COLORS, draw_bounding_boxes, draw_line_counts, draw_lines, label_color
 from results import TABLE_HEADERS, FrameDetections, Results
 from runs import BusyError, Prefetcher, Run, RunQueue
-from tracking import CutFinder, Detections, ObjectTracker, fill_gaps
+from tracking import Crossing, CutFinder, Detections, LineCounter, ObjectTracker, fill_gaps
 from video import (
     CPU_COUNT,
     AudioReader,
@@ -129,6 +129,7 @@ class Options:
     tracks: bool = True  # draw the objects' numbers and trails
     video_output: bool = True  # else nothing is drawn and encoded; for programs only
     model: str = field(default_factory=lambda: DETECTOR.name)  # a key of `DETECTORS`
+    lines: Sequence[Sequence[float]] = ()  # whose crossings are counted: x1, y1, x2, y2, relative to the frame, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,8 @@ class StreamUpdate(NamedTuple):
     is_end: bool  # of the video
     elapsed_seconds: float  # since the call began
     tracker: ObjectTracker
+    counter: LineCounter
+    crossings: list[Crossing]  # since the last update
 
 
 def gpu_duration(
@@ -191,8 +194,9 @@ def stream_object_detection(
         divisor = RESOLUTIONS[options.resolution]
         fps = info.fps / divisor
         chunk_frames = plan.step * max(1, round(CHUNK_SECONDS * fps / plan.step))
-        # How many frames the output has so far.
-        end, tracker = (plan.after.output_frames, plan.after.tracker) if plan.after else (0, ObjectTracker(fps))
+        end, tracker, counter = 0, ObjectTracker(fps), LineCounter(options.lines, fps)
+        if plan.after:
+            end, tracker, counter = plan.after.output_frames, plan.after.tracker, plan.after.counter
         frames = sample_frames(info, fps, Fraction(1, divisor), end)
         audio = AudioReader(info, end / fps) if info.audio_channels and options.video_output else None
         batches = Prefetcher(read_batches(frames, end, plan.step, chunk_frames, detector.batch_frames))
@@ -200,12 +204,14 @@ def stream_object_detection(
         detected = Prefetcher(detect_batches(detector, batches, plan.cached, plan.step, deadline))
         with contextlib.closing(detected):
             for first in detected:
-                found = []
+                found, crossings = [], []
                 size = first.frames[0].image.shape[1::-1]
                 chunk = ChunkWriter(plan.folder, size, fps, info.audio_channels) if options.video_output else None
                 with chunk or contextlib.nullcontext():
                     for batch in itertools.chain([first], detected):
-                        found += draw_batch(batch, conf_threshold, options, tracker)
+                        batch_found, batch_crossings = draw_batch(batch, conf_threshold, options, tracker, counter)
+                        found += batch_found
+                        crossings += batch_crossings
                         for frame in batch.frames if chunk else ():
                             chunk.write(frame.image)
                         end += len(batch.frames)
@@ -216,8 +222,8 @@ def stream_object_detection(
                         is_joined = plan.join_seconds and batch.is_cached and end / fps <= viewer_seconds
                         if batch.is_end or (end % chunk_frames == 0 and not is_joined):
                             break
-                path = chunk.path if chunk else ""
-                yield StreamUpdate(path, found, end, batch.is_end, time.monotonic() - began, tracker)
+                path, elapsed = chunk.path if chunk else "", time.monotonic() - began
+                yield StreamUpdate(path, found, end, batch.is_end, elapsed, tracker, counter, crossings)
     except Exception as error:
         raise user_facing_error(error) from error  # from a ZeroGPU's worker, no other error arrives whole
 
@@ -281,19 +287,28 @@ def detect_batches(
             before, last_index = detections[-1], batch.frames[-1].source_index
 
 
-def draw_batch(batch: Batch, conf_threshold: float, options: Options, tracker: ObjectTracker) -> list[FrameDetections]:
-    """Draws the selected detections into the frames. Returns those of the analysed frames."""
+def draw_batch(
+    batch: Batch, conf_threshold: float, options: Options, tracker: ObjectTracker, counter: LineCounter
+) -> tuple[list[FrameDetections], list[Crossing]]:
+    """Draws the selected detections and the lines into the frames.
+
+    Returns the detections on the analysed frames, and who has crossed a line.
+    """
     selected = [select_detections(detections, conf_threshold, options) for detections in batch.detections]
     tracked = tracker.update(selected, batch.cuts)
-    found = []
-    frames = zip(batch.frames, batch.detections, batch.is_analysed, tracked, strict=True)
-    for frame, detections, is_analysed, drawn in frames:
+    found, crossings = [], []
+    frames = zip(batch.frames, batch.detections, batch.is_analysed, tracked, tracker.track_ids, strict=True)
+    for frame, detections, is_analysed, drawn, track_ids in frames:
+        height, width = frame.image.shape[:2]
+        crossings += counter.update(drawn, track_ids, frame.source_index, width / height)
         if options.video_output:
-            trails = tracker.next_trails(drawn) if options.tracks else ()
-            draw(frame.image, drawn, options, trails)
+            lines = np.reshape(options.lines, (-1, 4)) * (width, height, width, height)
+            draw_lines(frame.image, lines, counter.is_lit)
+            draw(frame.image, drawn, options, tracker.next_trails(drawn) if options.tracks else ())
+            draw_line_counts(frame.image, lines, counter.counts)
         if is_analysed:
             found.append(FrameDetections(frame.source_index, frame.pts_seconds, frame.source_size, detections, drawn))
-    return found
+    return found, crossings
 
 
 def select_detections(detections: Detections, conf_threshold: float, options: Options) -> Detections:
@@ -676,6 +691,7 @@ class Analysis:
         with contextlib.suppress(OSError):  # a sign of use: Gradio deletes files by the time of their status (ctime)
             os.chmod(self.info.path, os.stat(self.info.path).st_mode)
         self.results.add(update.frames)
+        self.results.add_crossings(update.crossings)
         self.output_frames, self.is_end = update.output_frames, update.is_end
         self._arrivals.append((self.seconds, self.elapsed_seconds))
         return True
@@ -734,8 +750,7 @@ class Analysis:
             join_chunks(self.chunks, saved["video"])
         settings = {"threshold": self.conf_threshold, **asdict(self.options)}
         settings |= {"step": self.step, "analysed_seconds": round(self.seconds, 3)}
-        csv_path, json_path = self.results.save(base, settings)
-        return saved | {"csv": csv_path, "json": json_path}
+        return saved | self.results.save(base, settings)
 
 
 WAITS_FOR_GPU = "waits for a GPU"
@@ -951,26 +966,40 @@ def guard(demo: gr.Blocks) -> dict[str, object]:
 # ----------------------------------------------------------------------------------------------------------- page
 
 SETTLE_SECONDS = 0.1  # debounce: each step of a dragged slider starts a run, which waits this long for another
+SKETCH_SIDE = 960  # pixels, of the picture on which lines are drawn
+SHORTEST_LINE = 0.02  # of the frame: a double click does not draw
+NO_VIDEO = "Choose a video first."
+NO_CROSSINGS = "Draw a line under “Counting lines”. Who crosses it is counted here."
 PICTURE_AFTER_SECONDS = 1  # the first frame is shown as a picture if the first chunk takes longer
 WELCOME = "Upload a video, record one, or click an example."
 
 # Handlers get the fields of `Options` by name, and yield new values for components of the page, defined below.
 
 
-def start(video: str | None, conf_threshold: float, request: gr.Request, **options: object) -> Iterator[dict]:
+def start(
+    video: str | None, conf_threshold: float, request: gr.Request, lines: dict[str, list], **options: object
+) -> Iterator[dict]:
     """Another video, or the same one from its beginning, on an empty page."""
-    empty = {player: gr.update(value=None), table: None, plot: None, progress: ""}
-    yield from replace_run(request, empty, video, conf_threshold, Options(**options))
+    empty = {player: gr.update(value=None), table: None, line_table: NO_CROSSINGS, plot: None, progress: ""}
+    options = Options(lines=lines.get(video, ()), **options)
+    for index, values in enumerate(replace_run(request, empty, video, conf_threshold, options)):
+        yield values | show_first_frame(video, lines) if index == 1 else values
 
 
 def redraw(
-    video: str | None, conf_threshold: float, playhead_seconds: float, request: gr.Request, **options: object
+    video: str | None,
+    conf_threshold: float,
+    playhead_seconds: float,
+    request: gr.Request,
+    lines: dict[str, list],
+    **options: object,
 ) -> Iterator[dict]:
     """Other settings for the same video. What is shown stays until there is something new.
 
     `playhead_seconds` is the viewer's position: cached frames up to there come at once.
     """
-    yield from replace_run(request, {}, video, conf_threshold, Options(**options), playhead_seconds)
+    options = Options(lines=lines.get(video, ()), **options)
+    yield from replace_run(request, {}, video, conf_threshold, options, playhead_seconds)
 
 
 def replace_run(
@@ -1117,11 +1146,13 @@ def progress_bar(analysis: Analysis) -> str:
 
 
 def show_results(analysis: Analysis) -> Iterator[dict]:
-    """The table and the plot."""
+    """The tables and the plot."""
     rows = analysis.results.objects_per_class()
+    crossings = analysis.results.crossings_per_line()
     counts = analysis.results.counts_over_time(analysis.seconds - 1 / float(analysis.fps))
     yield {
         table: rows,
+        line_table: crossings.to_html(index=False, border=0) if len(crossings) else NO_CROSSINGS,
         plot: gr.update(
             value=counts,
             x_lim=[0, analysis.info.duration_seconds],  # fixed, so that the axis keeps still
@@ -1133,9 +1164,58 @@ def show_results(analysis: Analysis) -> Iterator[dict]:
     yield {plot: gr.update(color_map={label: label_color(label) for label in rows["Class"]})}
 
 
+def show_first_frame(video: str | None, lines: dict[str, list]) -> dict:
+    """Something to draw lines on, with those that the video has."""
+    try:
+        return sketch(read_first_frame(video), lines.get(video, [])) if video else {picture: None, hint: NO_VIDEO}
+    except VideoError as error:
+        return {picture: None, hint: str(error)}
+
+
+def read_first_frame(video: str) -> np.ndarray:
+    info = read_video_info(video)
+    scale = Fraction(SKETCH_SIDE, max(SKETCH_SIDE, *info.size))
+    return next(sample_frames(info, info.fps, scale)).image
+
+
+def sketch(image: np.ndarray, lines: list[list[float]], begun: list[float] | None = None) -> dict:
+    """The picture with the lines, and what to do next. `begun` is the first point of another line."""
+    height, width = image.shape[:2]
+    pixels = np.reshape([*lines, begun * 2] if begun else lines, (-1, 4)) * (width, height, width, height)
+    draw_lines(image, pixels, [False] * len(pixels))
+    draw_line_counts(image, pixels[: len(lines)])
+    text = "All four lines are drawn."
+    if len(lines) < len(LINE_COLORS):
+        text = f"Click where line {[*LINE_COLORS][len(lines)]} {'ends' if begun else 'begins'}."
+    if lines:
+        text += " Arrows point “in”; draw from the other end for the other direction."
+    return {picture: image[:, :, ::-1], hint: text, begun_line: begun}
+
+
+def add_point(video: str, lines: dict[str, list], begun: list[float] | None, event: gr.SelectData) -> dict:
+    """A click on the first frame: a line begins or ends there."""
+    try:
+        image, drawn = read_first_frame(video), lines.get(video, [])
+    except VideoError as error:  # the file may be gone by now
+        raise user_facing_error(error) from error
+    height, width = image.shape[:2]
+    point = [event.index[0] / width, event.index[1] / height]
+    if len(drawn) == len(LINE_COLORS):
+        return sketch(image, drawn)
+    if not begun or math.dist(begun, point) < SHORTEST_LINE:
+        return sketch(image, drawn, point)
+    drawn = [*drawn, begun + point]
+    return sketch(image, drawn) | {all_lines: lines | {video: drawn}}
+
+
+def clear_lines(video: str | None, lines: dict[str, list]) -> dict:
+    lines = lines | {video: []}
+    return show_first_frame(video, lines) | {all_lines: lines, begun_line: None}
+
+
 def detect_video(
     video: dict, conf_threshold: float, classes: list[str], resolution: str, analysed: str, tracks: bool,
-    video_output: bool, model: str,
+    video_output: bool, model: str, lines: list[list[float]],
 ) -> Iterator[tuple[str | None, dict]]:  # fmt: skip
     """Detect objects on a whole video, for programs.
 
@@ -1148,6 +1228,7 @@ def detect_video(
         tracks: Whether to draw the objects' numbers and trails, true or false.
         video_output: Whether to make the annotated video, true or false. Without it, the detections come sooner.
         model: The name of a model that the server has.
+        lines: A list of up to four lines that count, each two different points [x1, y1, x2, y2], 0 to 1 in the frame.
 
     Returns:
         The annotated video as one mp4 file with sound, and the detections, as README.md describes them.
@@ -1185,6 +1266,8 @@ def check_argument(name: str, value: object, model: str) -> object:
         is_valid = isinstance(value, list) and all(label in choices for label in value)
     elif isinstance(component, gr.Slider):
         is_valid = type(value) in (int, float) and component.minimum <= value <= component.maximum
+    elif isinstance(component, gr.JSON):
+        is_valid = isinstance(value, list) and len(value) <= len(LINE_COLORS) and all(map(is_line, value))
     else:
         is_valid = value in choices if choices else isinstance(value, bool)
     if is_valid:
@@ -1193,6 +1276,12 @@ def check_argument(name: str, value: object, model: str) -> object:
     if choices:
         message += f" Known: {', '.join(choices)}."
     raise gr.Error(message, title="Wrong argument", print_exception=False)
+
+
+def is_line(value: object) -> bool:
+    """Whether it is a list of two different points: x1, y1, x2, y2, from 0 to 1."""
+    is_list = isinstance(value, list) and len(value) == 4 and all(type(side) in (int, float) for side in value)
+    return is_list and all(0 <= side <= 1 for side in value) and value[:2] != value[2:]
 
 
 WEBCAM = gr.WebcamOptions(mirror=False, constraints={"video": {"width": {"ideal": 1280}, "height": {"ideal": 720}}})
@@ -1246,6 +1335,10 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
             source = gr.Video(label="Video source", include_audio=True, webcam_options=WEBCAM, elem_id="source")
             if examples := example_videos():
                 gr.Examples(examples, inputs=source)
+            with gr.Accordion("Counting lines", open=False, elem_id="lines") as lines_accordion:
+                hint = gr.Markdown(NO_VIDEO, elem_id="hint")
+                picture = gr.Image(label="First frame", buttons=[], interactive=False, format="jpeg")
+                clear_button = gr.Button("Clear", size="sm")
             with gr.Column(elem_id="settings"):
                 model = gr.Radio([*DETECTORS], value=DETECTOR.name, label="Model", visible=len(DETECTORS) > 1)
                 threshold = gr.Slider(
@@ -1278,6 +1371,9 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
                         headers=TABLE_HEADERS, column_widths=["25%", "22%", "21%", "16%", "16%"], show_label=False,
                         buttons=[], interactive=False, elem_id="table",
                     )  # fmt: skip
+                with gr.Tab("Lines", render_children=True):
+                    # Gradio 6.31 shows a `gr.Dataframe` that was filled before its tab was opened without its rows.
+                    line_table = gr.HTML(NO_CROSSINGS, elem_id="crossings")
                 with gr.Tab("Timeline", render_children=True):
                     plot = gr.LinePlot(
                         pd.DataFrame(columns=["second", "class", "count"]), x="second", y="count", color="class",
@@ -1290,14 +1386,17 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
 
     options = {"classes": classes, "resolution": resolution, "analysed": analysed, "tracks": tracks}
     is_running = gr.State(False)
-    shown = [player, status, table, plot, files, progress, start_button, stop_button, is_running]
+    all_lines, begun_line = gr.State({}), gr.State()  # the lines that count, by video; the first point of another one
+    drawn = [picture, hint, begun_line, all_lines]
+    shown = [player, status, table, line_table, plot, files, progress, start_button, stop_button, is_running, *drawn]
     # A new run replaces the one before, and runs have a queue of their own.
-    run = {"outputs": shown, "inputs_kwargs": options | {"model": model}, "trigger_mode": "multiple"}
-    run |= {"concurrency_limit": None, "show_progress": "hidden"}
+    settings = options | {"model": model, "lines": all_lines}
+    run = {"outputs": shown, "inputs_kwargs": settings, "trigger_mode": "multiple", "concurrency_limit": None}
+    run |= {"show_progress": "hidden"}
     new_source = [source.change, start_button.click]
     api = {"api_name": "stream_object_detection", "api_visibility": "undocumented"}  # a stream is of no use to programs
     started = gr.on(new_source, start, [source, threshold], js="startOver", **api, **run)
-    changes = [setting.change for setting in (threshold, *options.values())]
+    changes = [setting.change for setting in (threshold, *options.values(), all_lines)]
     playhead = gr.Number(0, visible=False)
     again = {"fn": redraw, "inputs": [source, threshold, playhead], "js": "resume", "api_visibility": "private", **run}
     redrawn = gr.on(changes, **again)
@@ -1309,6 +1408,11 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
             allow_another_run, is_running, [status, start_button, stop_button, is_running],
             queue=False, show_progress="hidden", api_visibility="private",
         )  # fmt: skip
+    quick = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": CONCURRENT_RUNS}
+    # Gradio 6.31 does not make what is in a closed accordion, and may lose a value that arrives while it opens.
+    lines_accordion.expand(show_first_frame, [source, all_lines], drawn, **quick)
+    picture.select(add_point, [source, all_lines, begun_line], drawn, **quick)
+    clear_button.click(clear_lines, [source, all_lines], drawn, **quick)
     demo.unload(stop)  # with this, Gradio 6.31 notices the end of a session, and frees what belongs to it
     sound_button.click(None, js="turnSoundOn", api_visibility="private")
     stop_button.click(stop, queue=False, show_progress="hidden", api_visibility="private")
@@ -1317,8 +1421,9 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
     with_video = gr.Checkbox(True, label="Annotated video", visible=False)
     labels = dict.fromkeys(label for detector in DETECTORS.values() for label in detector.id2label.values())
     of_any_model = gr.Dropdown([*labels], multiselect=True, label="Classes", visible=False)
+    lines = gr.JSON([], label="Lines", visible=False)
     arguments = {"video": uploaded, "conf_threshold": threshold, **options, "video_output": with_video, "model": model}
-    arguments["classes"] = of_any_model
+    arguments |= {"classes": of_any_model, "lines": lines}
     for name, component in arguments.items():  # what the page about the API says of it
         api_info = component.api_info() | {"additional_description": ARGUMENTS[name]}
         component.api_info = partial(dict, api_info)

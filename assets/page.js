@@ -84,8 +84,9 @@ new MutationObserver(() => document.querySelectorAll(".gallery-item:not([aria-la
 // A click on a row, the plot or the bar moves the player. The select events of a table and a plot go through the server,
 // and a plot's is for regions only.
 const secondsAt = ({target, clientX}) => {
-    const headers = [...document.querySelectorAll("#table [role=columnheader]")].map((header) => header.innerText);
-    const cells = target.closest("#table [role=row]")?.querySelectorAll("[role=gridcell]");
+    const table = target.closest("#table, #crossings");
+    const headers = [...table?.querySelectorAll("[role=columnheader], th") ?? []].map((header) => header.innerText);
+    const cells = target.closest("#table [role=row], #crossings tr")?.querySelectorAll("[role=gridcell], td");
     if (cells?.length) return parseFloat(cells[headers.indexOf("First (s)")].innerText);
     const ruler = target === bar() ? bar() : target.closest("#plot") && document.querySelector("#plot .root .background");
     if (!ruler) return NaN;
@@ -104,7 +105,7 @@ document.addEventListener("mousemove", (event) => {
     const seconds = Math.floor(secondsAt(event));
     if (!(player() && seconds >= 0)) return;
     const clock = `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, "0")}`;
-    event.target.closest("#table [role=row], #plot, #progress").title = `Jump to ${clock}`;
+    event.target.closest("#table [role=row], #crossings tr, #plot, #progress").title = `Jump to ${clock}`;
 });
 document.addEventListener("timeupdate", ({target: video}) => {
     if (video !== player() || !bar()) return;

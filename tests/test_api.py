@@ -107,12 +107,28 @@ def test_a_program_can_do_without_the_video(client):
      ("conf_threshold", 1.1, "number from 0 to 1"), ("conf_threshold", True, "number from 0 to 1"),
      ("classes", "dog", "triangle, star"), ("classes", ["star", "dog"], "triangle, star"), ("classes", 5, "list"),
      ("resolution", None, "Full"), ("analysed", "all", "Every frame"), ("tracks", None, "true or false"),
-     ("video_output", "no", "true or false"), ("model", "no-such-model", app.DETECTOR.name)],
+     ("video_output", "no", "true or false"), ("model", "no-such-model", app.DETECTOR.name),
+     ("lines", 5, "up to four"), ("lines", [[0, 0, 1]], "x1, y1"), ("lines", [[0, 0, 640, 360]], "0 to 1"),
+     ("lines", [[0.5, 0.5, 0.5, 0.5]], "two different points"), ("lines", [[0, 0, 1, "1"]], "x1, y1"),
+     ("lines", [[0, 0, 1, 1]] * 5, "up to four")],
 )  # fmt: skip
 def test_a_wrong_argument_gets_a_sentence_that_says_what_is_expected(client, argument, value, expected):
     given = {"video": handle_file(EXAMPLE), argument: value}
     with pytest.raises(AppError, match=f"^{argument} cannot be .*{expected}"):
         client.predict(**given, api_name="/detect_video")
+
+
+def test_a_program_learns_who_crosses_its_lines(client):
+    lines = [[0.5, 0.1, 0.5, 0.9], [0, 0.5, 1, 0.5]]
+    _, found = client.predict(handle_file(EXAMPLE), lines=lines, video_output=False, api_name="/detect_video")
+    assert found["lines"] == lines
+    assert {crossing["line"] for crossing in found["crossings"]} == {"A", "B"}
+    for crossing in found["crossings"]:  # what was detected before and after tells the same
+        who = [d for d in found["detections"] if (d["label"], d["track"]) == (crossing["class"], crossing["number"])]
+        before = max((d for d in who if d["frame"] < crossing["frame"]), key=lambda d: d["frame"])["box"]
+        after = min((d for d in who if d["frame"] >= crossing["frame"]), key=lambda d: d["frame"])["box"]
+        way = before[0] + before[2] - after[0] - after[2] if crossing["line"] == "A" else after[3] - before[3]
+        assert crossing["direction"] == ("in" if way > 0 else "out")
 
 
 def test_a_waiting_program_is_told_how_far_the_run_is(client, tmp_path):
@@ -130,7 +146,8 @@ def test_the_api_has_one_endpoint_with_names_defaults_and_descriptions(client):
     assert set(endpoints) == {"/detect_video"}, "programs cannot use the page's stream"
     parameters = endpoints["/detect_video"]["parameters"]
     names = [parameter["parameter_name"] for parameter in parameters]
-    assert names == ["video", "conf_threshold", "classes", "resolution", "analysed", "tracks", "video_output", "model"]
+    expected = "video conf_threshold classes resolution analysed tracks video_output model lines"
+    assert names == expected.split()
     assert all(parameter["parameter_has_default"] for parameter in parameters[1:])
     described = [parameter["python_type"]["description"] for parameter in parameters]
     assert described == [app.ARGUMENTS[name] for name in names]

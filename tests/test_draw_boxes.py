@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 import pytest
 
-from draw_boxes import PALETTE, draw_bounding_boxes, label_color
+from draw_boxes import LINE_COLORS, PALETTE, draw_bounding_boxes, draw_line_counts, draw_lines, label_color
 
 GREY = 128  # the background of every test frame; no label has this colour
 COMMON = ["person", "car", "bicycle", "motorcycle", "bus", "truck", "traffic light", "dog", "cat", "chair"]
@@ -380,3 +380,57 @@ def test_wrong_arguments_are_refused_with_a_sentence(changed, message):
     right = {"frame": grey_frame(), "boxes": np.zeros((1, 4)), "scores": np.zeros(1), "labels": ["person"]}
     with pytest.raises(ValueError, match=message):
         draw_bounding_boxes(**(right | changed))
+
+
+# Lines
+
+LINES = np.array([[100, 100, 400, 130], [700, 450, 640, 80], [60, 520, 500, 536], [940, 60, 955, 400]])
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+@pytest.mark.parametrize("scale", [0.5, 1, 4])
+def test_counts_cover_neither_a_line_nor_each_other(count, scale):
+    lines, size = (LINES[:count] * scale).astype(int), (round(960 * scale), round(540 * scale))
+    counts = np.array([[0, 0], [12, 9], [123, 45], [7, 1000]])[:count]
+    both, only_counts, only_lines = grey_frame(*size), grey_frame(*size), grey_frame(*size)
+    draw_lines(both, lines, [False] * count)
+    draw_line_counts(both, lines, counts)
+    draw_lines(only_lines, lines, [False] * count)
+    draw_line_counts(only_counts, lines, counts)
+    is_line = drawn(only_lines)
+    np.testing.assert_array_equal(both[is_line], only_lines[is_line])
+    areas = []
+    for line, own in zip(lines, counts, strict=True):
+        alone = grey_frame(*size)
+        draw_line_counts(alone, line[None], own[None])
+        areas.append(drawn(alone).sum())
+    assert drawn(only_counts).sum() >= 0.99 * sum(areas)
+
+
+def test_a_line_has_an_arrow_to_the_right_of_its_way():
+    for line, (x, y) in (([300, 270, 600, 270], (0, 1)), ([300, 100, 300, 400], (-1, 0))):
+        frame = grey_frame()
+        draw_lines(frame, np.array([line]), [False])
+        (x1, y1, x2, y2), mask = line, drawn(frame)
+        middle = np.array([x1 + x2, y1 + y2]) // 2
+        for step, is_arrow in ((20, True), (-20, False)):
+            assert mask[tuple((middle + step * np.array([x, y]))[::-1])] == is_arrow
+
+
+def test_each_line_has_a_colour_that_no_label_has_and_lights_up_when_it_is_crossed():
+    assert not {*LINE_COLORS.values()} & {*PALETTE}
+    frame, lit = grey_frame(), grey_frame()
+    draw_lines(frame, LINES, [False] * 4)
+    draw_lines(lit, LINES, [False, True, False, False])
+    for (x1, y1, x2, y2), color in zip(LINES, LINE_COLORS.values(), strict=True):
+        assert tuple(frame[(y1 + 3 * y2) // 4, (x1 + 3 * x2) // 4]) == tuple(bytes.fromhex(color[1:]))[::-1]
+    changed = rows_and_columns((frame != lit).any(axis=2))
+    assert changed == pytest.approx((80, 450, 640, 700), abs=12)
+    assert drawn(lit).sum() > 1.1 * drawn(frame).sum()
+
+
+def test_without_lines_nothing_is_drawn():
+    frame = grey_frame()
+    draw_lines(frame, np.zeros((0, 4)), [])
+    draw_line_counts(frame, np.zeros((0, 4)), np.zeros((0, 2), int))
+    assert not drawn(frame).any()

@@ -740,6 +740,57 @@ def test_the_table_counts_the_objects_that_are_in_the_example(page, name):
         assert (first, last) == pytest.approx((seconds[0], seconds[-1]), abs=0.4)
 
 
+def test_a_line_is_drawn_with_the_mouse_another_one_with_a_finger_and_both_count(page):
+    upload(page, EXAMPLE)
+    page.get_by_role("button", name="Counting lines").click()
+    picture, hint = page.locator("#lines img"), page.locator("#hint")
+    touch = page.context.new_cdp_session(page)
+
+    def place(x, y):
+        box = picture.bounding_box()
+        return {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]}
+
+    def tap(x, y):
+        touch.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [place(x, y)]})
+        touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+    expect(hint).to_contain_text("Click where line A begins.")
+    wait_until_done(page)
+    seek(page, 3)
+    page.evaluate("document.querySelector('#processed video').pause()")
+    page.mouse.click(**place(0.5, 0.02))
+    expect(hint).to_contain_text("Click where line A ends.")
+    changed = playlist_changes(page)
+    page.mouse.click(**place(0.5, 0.98))
+    expect(hint).to_contain_text("Click where line B begins.")
+    assert changed()["time"] > 2.9, "the viewer keeps their place"
+    tap(0.02, 0.5)
+    expect(hint).to_contain_text("Click where line B ends.")
+    changed = playlist_changes(page)
+    tap(0.98, 0.5)
+    expect(hint).to_contain_text("Click where line C begins.")
+    changed()
+    wait_until_done(page)
+    screenshot(page, "lines")
+    found = detections_of(page)
+    np.testing.assert_allclose(found["lines"], [[0.5, 0.02, 0.5, 0.98], [0.02, 0.5, 0.98, 0.5]], atol=0.01)
+    expected = Counter((crossing["line"], crossing["class"], crossing["direction"]) for crossing in found["crossings"])
+    open_tab(page, "Lines")
+    rows = [row.locator("td").all_inner_texts() for row in page.locator("#crossings tbody tr").all()]
+    counts = {
+        (line, label, way): int(n) for line, label, *ns, _ in rows for way, n in zip(("in", "out"), ns, strict=True)
+    }
+    assert +Counter(counts) == expected
+    assert {line for line, *_ in expected} == {"A", "B"}
+    seconds = float(rows[-1][-1])
+    page.locator("#crossings tbody tr").last.click()
+    page.wait_for_timeout(200)
+    assert page.evaluate(PLAYER)["time"] == pytest.approx(seconds, abs=0.6)
+    choose_example(page, "circling-shapes")
+    expect(hint).to_contain_text("Click where line A begins.")
+    expect(page.locator("#crossings")).to_contain_text("Draw a line")
+
+
 def test_every_frame_can_be_asked_for_and_is_known_where_all_were_analysed(page):
     open_more_settings(page)
     expect(page.get_by_role("radio", name="Skip frames to keep up")).to_be_checked()

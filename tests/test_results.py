@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import gradio as gr
 import numpy as np
+import pandas as pd
 import pytest
 import shapes
 from streams import all_end, analysis_of, count_passes, run, stream
@@ -266,3 +267,59 @@ def test_after_two_hours_a_chunk_costs_what_the_first_ones_cost():
         results.counts_over_time(start / 12.5)
         seconds.append(time.process_time() - began)
     assert np.median(seconds[-100:]) < 3 * np.median(seconds[:100])
+
+
+# Lines
+
+
+@pytest.fixture(scope="module")
+def crossed(tmp_path_factory):
+    """A run with two lines, without tracks."""
+    lines = [[0.5, 0, 0.5, 1], [0, 0.5, 1, 0.5]]
+    return run(str(EXAMPLE), 0.5, save_to=tmp_path_factory.mktemp("crossed"), lines=lines, tracks=False)
+
+
+def test_the_crossings_are_those_of_the_rendered_shapes(crossed):
+    """By the centre of the bottom edge of each true box: it changes sides when it is clear of the line again."""
+    table, count = crossed.results.crossings(), len(crossed.info.pts_seconds)
+    (width, height), expected = crossed.results.source_size, []
+    for label in shapes.LABELS:
+        found = [shapes.example_truth(EXAMPLE.stem, frame) for frame in range(count)]
+        boxes = np.array([boxes[labels == shapes.LABELS.index(label)][0] for boxes, labels in found])
+        x, y = boxes[:, [0, 2]].mean(axis=1) - width / 2, boxes[:, 3] - height / 2
+        sizes = boxes[:, 2:] - boxes[:, :2]
+        for line, side, margin in (("A", -x, sizes[:, 0]), ("B", y, sizes[:, 1])):
+            sides = np.sign([side[0], *side[abs(side) > 0.2 * margin]])
+            changes = sides[1:][np.diff(sides) != 0]
+            expected += [(line, "in" if change > 0 else "out", label) for change in changes]
+    assert len(expected) > 15
+    assert sorted(expected) == sorted(zip(table["line"], table["direction"], table["class"], strict=True))
+    assert (table["second"] == (table["frame"] / float(crossed.info.fps)).round(3)).all()
+    assert set(table["number"]) == {1}
+
+
+def test_the_files_have_the_lines_and_the_crossings(crossed, saved):
+    table, content = pd.read_csv(crossed.saved["crossings"]), json.loads(Path(crossed.saved["json"]).read_text())
+    assert Path(crossed.saved["crossings"]).name == "bouncing-shapes-crossings.csv"
+    assert list(table.columns) == ["second", "frame", "line", "direction", "class", "number"]
+    assert table.to_dict("records") == content["crossings"] == crossed.results.crossings().to_dict("records")
+    assert content["lines"] == [[0.5, 0, 0.5, 1], [0, 0.5, 1, 0.5]]
+    without = json.loads(Path(saved["json"]).read_text())
+    assert (without["lines"], without["crossings"]) == ([], [])
+
+
+def test_each_line_and_class_has_its_counts_and_the_second_of_its_first_crossing(crossed):
+    table, found = crossed.results.crossings_per_line(), crossed.results.crossings()
+    assert list(table.columns) == ["Line", "Class", "In", "Out", "First (s)"]
+    assert table[["In", "Out"]].to_numpy().sum() == len(found)
+    for line, label, into, out, first in table.itertuples(index=False):
+        own = found[(found["line"] == line) & (found["class"] == label)]
+        assert (into, out) == ((own["direction"] == "in").sum(), (own["direction"] == "out").sum())
+        assert first == pytest.approx(own["second"].min(), abs=0.05)
+
+
+def test_cached_frames_give_the_same_crossings_without_the_model(crossed, monkeypatch):
+    passes = count_passes(monkeypatch)
+    again = run(str(EXAMPLE), 0.5, lines=crossed.options.lines)
+    assert not passes
+    pd.testing.assert_frame_equal(again.results.crossings(), crossed.results.crossings())

@@ -1,4 +1,4 @@
-"""Objects keep their numbers, and as many are counted as there are. Tuned on other seeds than these."""
+"""Objects keep their numbers, and as many are counted as there are, and as cross a line. Tuned on other seeds."""
 
 import dataclasses
 import pickle
@@ -232,3 +232,127 @@ def test_the_tracker_does_not_grow_with_the_video():
         tracker.update(frames, [False] * 48)
         sizes.append(len(pickle.dumps(tracker)))
     assert sizes[-1] <= sizes[0] + 100
+
+
+# ---------------------------------------------------------------------------------------------------------- lines
+
+
+def crossings(
+    frames: list[Detections],
+    lines: np.ndarray,
+    fps: float,
+    cuts: list[bool] | None = None,
+    batch: int = BATCH,
+    aspect_ratio: float = scenes.ASPECT_RATIO,
+) -> list[tracking.Crossing]:
+    """As the app finds them, batch by batch, with a copy of the tracker and of the counter in each."""
+    tracker, counter = tracking.ObjectTracker(fps), tracking.LineCounter(lines, fps)
+    found, cuts = [], cuts or [False] * len(frames)
+    for start in range(0, len(frames), batch):
+        tracker, counter = pickle.loads(pickle.dumps((tracker, counter)))
+        part = slice(start, start + batch)
+        tracked = tracker.update(frames[part], cuts[part])
+        for index, (detections, track_ids) in enumerate(zip(tracked, tracker.track_ids, strict=True), start):
+            found += counter.update(detections, track_ids, index, aspect_ratio)
+    into = [[sum(c.line == line and c.is_in == is_in for c in found) for is_in in (1, 0)] for line in range(len(lines))]
+    assert counter.counts.tolist() == into
+    return found
+
+
+def skip_frames(frames: list[Detections], step: int) -> list[Detections]:
+    """What is shown if one frame in `step` is analysed."""
+    last = len(frames) - 1
+    analysed = [found if index % step in (0, last % step) else None for index, found in enumerate(frames)]
+    return [found[found.confidence > THRESHOLD] for found in (frames[0], *tracking.fill_gaps(analysed, [False] * last))]
+
+
+@pytest.mark.parametrize(("fps", "step", "missing"), [(15, 1, 0.1), (30, 7, 0)])
+def test_who_crosses_a_line_is_counted_in_the_right_direction(fps, step, missing):
+    """Slow and fast, hidden meanwhile, to and fro, swaying on the line, beside it and along it, several at once."""
+    counted = invented = true = 0
+    for seed in range(1000, 1020):
+        frames, line, truth = scenes.passers(seed, fps, missing=missing)
+        left = list(truth)
+        for crossing in sorted(crossings(skip_frames(frames, step) if step > 1 else frames, [line], fps)):
+            alike = [t for t in left if (t.is_in, t.class_id) == (crossing.is_in, crossing.class_id)]
+            late = [abs(t.seconds - crossing.source_index / fps) for t in alike]
+            if min(late, default=9) < 2:
+                left.remove(alike[int(np.argmin(late))])
+                counted += 1
+            else:
+                invented += 1
+        true += len(truth)
+    assert true > 40
+    assert counted / true >= 0.97
+    assert invented / true <= 0.03
+
+
+@pytest.mark.parametrize("seed", range(2000, 2004))
+def test_who_stands_on_a_line_and_sways_is_not_counted(seed):
+    frames, line, truth = scenes.passers(seed, 15, ["sways", "sways and returns"], count=1)
+    assert not truth
+    assert not crossings(frames, [line], 15)
+
+
+DOWN_THE_MIDDLE = [0.5, 0.1, 0.5, 0.9]  # "in" is to the left
+
+
+def to_the_right(first: float = 0.3, last: float = 0.7, count: int = 24) -> list[Detections]:
+    """An object of width 0.1 whose centre moves from `first` to `last`."""
+    return [one(x - 0.05) for x in np.linspace(first, last, count)]
+
+
+def test_the_right_of_a_lines_way_is_in():
+    (out,), (into,) = (crossings(frames, [DOWN_THE_MIDDLE], 12) for frames in (to_the_right(), to_the_right()[::-1]))
+    assert (out.is_in, into.is_in) == (False, True)
+    assert (out.line, out.class_id, out.number) == (0, 0, 1)
+    assert out.source_index == 12, "the first frame beyond"
+
+
+def test_each_line_counts_by_itself_and_only_between_its_ends():
+    lines = [DOWN_THE_MIDDLE, [0.6, 0.9, 0.6, 0.1], [0.5, 0.1, 0.5, 0.5]]  # the feet are at 0.6
+    assert [(found.line, found.is_in) for found in crossings(to_the_right(), lines, 12)] == [(0, False), (1, True)]
+
+
+def test_the_margin_is_the_same_in_wide_and_in_tall_pictures():
+    """A line from corner to corner: seen from it, a box that is square in the picture is as wide as high."""
+    for aspect_ratio in (16 / 9, 9 / 16):
+        for beyond, count in ((0.15, 0), (0.25, 1)):
+            size = np.array([0.1 / aspect_ratio, 0.1])
+            normal = np.array([-1, aspect_ratio]) / np.hypot(1, aspect_ratio)  # of the picture's diagonal, in heights
+            extent = abs(normal).sum() * 0.1
+            ways = np.outer(np.linspace(-1, beyond, 24) * extent, normal) / (aspect_ratio, 1) + 0.5
+            boxes = np.column_stack((ways - size * (0.5, 1), ways + size * (0.5, 0))).astype(np.float32)
+            frames = [Detections(box[None], np.array([0.9], np.float32), np.array([0])) for box in boxes]
+            assert len(crossings(frames, [[0, 0, 1, 1]], 12, aspect_ratio=aspect_ratio)) == count
+
+
+def test_who_is_lost_on_one_side_and_found_on_the_other_has_crossed():
+    frames = to_the_right()
+    frames[8:16] = [NOTHING] * 8
+    assert [found.source_index for found in crossings(frames, [DOWN_THE_MIDDLE], 12)] == [16]
+
+
+def test_nobody_crosses_at_a_cut():
+    frames = [*to_the_right(0.3, 0.42, 12), *to_the_right(0.58, 0.7, 12)]
+    assert len(crossings(frames, [DOWN_THE_MIDDLE], 12)) == 1
+    assert not crossings(frames, [DOWN_THE_MIDDLE], 12, cuts=[index == 12 for index in range(24)])
+
+
+@pytest.mark.parametrize("batch", [1, 2, 16])
+def test_a_crossing_counts_even_before_its_object_has_a_number(batch):
+    frames = to_the_right(0.47, 0.7, 20)
+    (found,) = crossings(frames, [DOWN_THE_MIDDLE], 60, batch=batch)
+    assert found.source_index < 60 * tracking.NEW_SECONDS
+    assert found.number == 1
+
+
+def test_a_crossed_line_is_lit_for_half_a_second():
+    counter = tracking.LineCounter([DOWN_THE_MIDDLE, [0, 0, 0, 1]], 12)
+    tracked = track(to_the_right(), 12)
+    lit = []
+    for index, detections in enumerate(tracked):
+        counter.update(detections, [0] * len(detections), index, 1)
+        lit.append(counter.is_lit.tolist())
+    assert sum(first for first, _ in lit) == 6
+    assert not any(second for _, second in lit)

@@ -203,7 +203,8 @@ def test_an_update_can_be_pickled(tmp_path):
     video = app.EXAMPLES / "bouncing-shapes.mp4"
     update = next(stream(str(video), 0.3, folder=str(tmp_path)))
     again = pickle.loads(pickle.dumps(update))
-    assert again._replace(frames=[], tracker=None) == update._replace(frames=[], tracker=None)
+    without = {"frames": [], "tracker": None, "counter": None}
+    assert again._replace(**without) == update._replace(**without)
     assert len(again.frames) > 0
     for frame, frame_again in zip(update.frames, again.frames, strict=True):
         assert frame_again[:3] == frame[:3]
