@@ -249,17 +249,22 @@ def passers(
         is_inside = (areas(full.clip(0, 1)) > 0.7 * areas(full)) & (full[:, 3] < 1)
         is_seen.append(is_inside & (abs(since) >= gap / 2) & (rng.random(len(times)) >= missing))
         class_ids.append(class_id)
-    found = []
-    for frame in range(len(times)):
-        nearest = sorted((i for i in range(count) if is_seen[i][frame]), key=lambda i: -boxes[i][frame, 3])
-        shown = np.array([boxes[i][frame] for i in nearest]).reshape(-1, 4)
-        is_found = [covered_share(box, shown[:index]) <= 0.6 for index, box in enumerate(shown)]
-        clean = shown[is_found]
-        noisy = clean + rng.normal(0, 0.03, clean.shape) * np.tile(clean[:, 2:] - clean[:, :2], 2)
-        ids = np.array([class_ids[i] for i in nearest], int)[is_found]
-        found.append(Detections(noisy.astype(np.float32), rng.uniform(0.5, 1, len(ids)).astype(np.float32), ids))
+    found = [
+        detect(rng, [(boxes[i][frame], class_ids[i]) for i in range(count) if is_seen[i][frame]])
+        for frame in range(len(times))
+    ]
     line = np.concatenate((start, start + way * length)) / (ASPECT_RATIO, 1, ASPECT_RATIO, 1)
     return found, line, truth
+
+
+def detect(rng: np.random.Generator, things: list[tuple[np.ndarray, int]]) -> Detections:
+    """Noisy detections of boxes and classes, without those that are covered for the most part by a nearer one."""
+    nearest = sorted(things, key=lambda thing: -thing[0][3])
+    boxes = np.array([box for box, _ in nearest]).reshape(-1, 4)
+    is_found = np.array([covered_share(box, boxes[:index]) <= 0.6 for index, box in enumerate(boxes)], bool)
+    boxes, class_ids = boxes[is_found], np.array([class_id for _, class_id in nearest], int)[is_found]
+    noisy = boxes + rng.normal(0, 0.03, boxes.shape) * np.tile(boxes[:, 2:] - boxes[:, :2], 2)
+    return Detections(noisy.astype(np.float32), rng.uniform(0.5, 1, len(boxes)).astype(np.float32), class_ids)
 
 
 def areas(boxes: np.ndarray) -> np.ndarray:
