@@ -746,22 +746,25 @@ def test_a_line_is_drawn_with_the_mouse_another_one_with_a_finger_and_both_count
     picture, hint = page.locator("#lines img"), page.locator("#hint")
     touch = page.context.new_cdp_session(page)
 
-    def place(x, y):
+    def click(x, y):
         box = picture.bounding_box()
-        return {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]}
+        picture.click(position={"x": x * box["width"], "y": y * box["height"]})  # waits until the page keeps still
 
     def tap(x, y):
-        touch.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [place(x, y)]})
+        picture.scroll_into_view_if_needed()
+        box = picture.bounding_box()
+        place = {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]}
+        touch.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [place]})
         touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
 
     expect(hint).to_contain_text("Click where line A begins.")
     wait_until_done(page)
     seek(page, 3)
     page.evaluate("document.querySelector('#processed video').pause()")
-    page.mouse.click(**place(0.5, 0.02))
+    click(0.5, 0.02)
     expect(hint).to_contain_text("Click where line A ends.")
     changed = playlist_changes(page)
-    page.mouse.click(**place(0.5, 0.98))
+    click(0.5, 0.98)
     expect(hint).to_contain_text("Click where line B begins.")
     assert changed()["time"] > 2.9, "the viewer keeps their place"
     tap(0.02, 0.5)
