@@ -1422,9 +1422,6 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
     labels = dict.fromkeys(label for detector in DETECTORS.values() for label in detector.id2label.values())
     of_any_model = gr.Dropdown([*labels], multiselect=True, label="Classes", visible=False)
     lines = gr.JSON([], label="Lines", visible=False)
-    labels = dict.fromkeys(label for detector in DETECTORS.values() for label in detector.id2label.values())
-    of_any_model = gr.Dropdown([*labels], multiselect=True, label="Classes", visible=False)
-    lines = gr.JSON([], label="Lines", visible=False)
     numbers = {"type": "array", "items": {"type": "number"}}
     lines.api_info = lambda: {"type": "array", "items": numbers}  # Gradio 6.31 has no valid schema for JSON
     arguments = {"video": uploaded, "conf_threshold": threshold, **options, "video_output": with_video, "model": model}
