@@ -976,47 +976,42 @@ WELCOME = "Upload a video, record one, or click an example."
 # Handlers get the fields of `Options` by name, and yield new values for components of the page, defined below.
 
 
-def start(
-    video: str | None, conf_threshold: float, request: gr.Request, lines: dict[str, list], **options: object
-) -> Iterator[dict]:
+def start(video: str | None, conf_threshold: float, request: gr.Request, **options: object) -> Iterator[dict]:
     """Another video, or the same one from its beginning, on an empty page."""
-    empty = {player: gr.update(value=None), table: None, line_table: NO_CROSSINGS, plot: None, progress: ""}
-    options = Options(lines=lines.get(video, ()), **options)
-    for index, values in enumerate(replace_run(request, empty, video, conf_threshold, options)):
-        yield values | show_first_frame(video, lines) if index == 1 else values
+    yield from replace_run(request, empty_page(video, options["lines"]), video, conf_threshold, options)
+
+
+def empty_page(video: str | None, lines: dict[str, list]) -> Iterator[dict]:
+    yield {player: gr.update(value=None), table: None, line_table: NO_CROSSINGS, plot: None, progress: ""}
+    yield show_first_frame(video, lines)
 
 
 def redraw(
-    video: str | None,
-    conf_threshold: float,
-    playhead_seconds: float,
-    request: gr.Request,
-    lines: dict[str, list],
-    **options: object,
+    video: str | None, conf_threshold: float, playhead_seconds: float, request: gr.Request, **options: object
 ) -> Iterator[dict]:
     """Other settings for the same video. What is shown stays until there is something new.
 
     `playhead_seconds` is the viewer's position: cached frames up to there come at once.
     """
-    options = Options(lines=lines.get(video, ()), **options)
-    yield from replace_run(request, {}, video, conf_threshold, options, playhead_seconds)
+    yield from replace_run(request, (), video, conf_threshold, options, playhead_seconds)
 
 
 def replace_run(
     request: gr.Request,
-    first: dict,
+    before: Iterable[dict],
     video: str | None,
     conf_threshold: float,
-    options: Options,
+    options: dict,
     join_seconds: float = 0,
 ) -> Iterator[dict]:
-    """Ends the session's run and shows another one. Nothing of the old one reaches the page after `first`."""
+    """Ends the session's run and shows `before` and then another one. Nothing of the old one reaches the page after."""
+    options = Options(**options | {"lines": options["lines"].get(video, ())})
     with new_run(request.session_hash) as run:
         time.sleep(SETTLE_SECONDS)
-        first = {files: None, **buttons(running=video is not None), **first}
+        first = {files: None, **buttons(running=video is not None)}
         nothing = {status: WELCOME, start_button: gr.update(interactive=False)}
         shown = [nothing] if video is None else show_run(run, video, conf_threshold, options, join_seconds)
-        for values in itertools.chain([first], shown):
+        for values in itertools.chain([first], before, shown):
             run.is_sending = True  # before the check: the next run, which does it the other way round, waits for this
             if run.is_replaced:
                 break

@@ -26,7 +26,7 @@ def watch(video, conf_threshold=0.3):
     """What the page gets of a run: the pictures, the status lines, and the error at its end or None."""
     request, pictures, lines = SimpleNamespace(session_hash="a visitor"), [], []
     try:
-        for values in app.start(video, conf_threshold, request, analysed=app.EVERY_FRAME):
+        for values in app.start(video, conf_threshold, request, analysed=app.EVERY_FRAME, lines={}):
             lines.append(values.get(app.status))
             if isinstance(chunk := values.get(app.player), str):
                 pictures.extend(read_chunks([chunk]).pictures)

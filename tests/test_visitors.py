@@ -144,7 +144,7 @@ def request_of(session):
 
 def page_run(session, path):
     """What a run of one session sends to the page."""
-    return app.start(str(path), 0.3, request_of(session), analysed=app.EVERY_FRAME)
+    return app.start(str(path), 0.3, request_of(session), analysed=app.EVERY_FRAME, lines={})
 
 
 def watch(session, path, lines):

@@ -64,7 +64,7 @@ def take_locks() -> None:
 def visit(session: int) -> None:
     """Watches a video until the first chunk, or only until the first status, and leaves."""
     request = SimpleNamespace(session_hash=session)
-    run = app.start(sys.argv[1], 0.3, request, analysed=app.EVERY_FRAME)
+    run = app.start(sys.argv[1], 0.3, request, analysed=app.EVERY_FRAME, lines={})
     while (app.player if session % 3 else app.status) not in next(run):
         pass
     cycle = [run]
