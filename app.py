@@ -5,9 +5,9 @@ From top to bottom, this file follows the data: settings, the `@spaces.GPU` gene
 | Room | What is in it |
 |---|---|
 | `video.py` | files, frames and their times, sound, chunks |
-| `tracking.py` | detections over time: cuts, objects' numbers, who crosses a line, boxes on skipped frames |
+| `tracking.py` | detections over time: cuts, objects' numbers and pictures, crossed lines, boxes on skipped frames |
 | `draw_boxes.py` | boxes, tags, trails and lines on a picture |
-| `results.py` | what a run has found: table, counts, files |
+| `results.py` | what a run has found: objects, tables, files |
 | `runs.py` | who runs when: the queue, and threads that stay one step ahead |
 | `assets/` | the page's script and style |
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
+import html
 import http.client
 import itertools
 import json
@@ -45,6 +46,7 @@ from importlib.util import find_spec
 from inspect import unwrap
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import spaces  # isort: skip  # before torch: on ZeroGPU it emulates CUDA outside the GPU function
 
@@ -52,7 +54,6 @@ import cv2
 import gradio as gr
 import imageio_ffmpeg
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 import transformers
@@ -80,7 +81,7 @@ from transformers import (
 from draw_boxes import LINE_COLORS, draw_bounding_boxes, draw_line_counts, draw_lines, label_color
 from results import TABLE_HEADERS, FrameDetections, Results
 from runs import BusyError, Prefetcher, Run, RunQueue
-from tracking import Crossing, CutFinder, Detections, LineCounter, ObjectTracker, fill_gaps
+from tracking import Crossing, CutFinder, Detections, LineCounter, ObjectTracker, Picture, fill_gaps
 from video import (
     CPU_COUNT,
     AudioReader,
@@ -157,6 +158,7 @@ class StreamUpdate(NamedTuple):
 
     chunk: str  # path of an mp4 file (H.264, FLAC), which the caller removes; empty without `video_output`
     frames: list[FrameDetections]  # analysed since the last update
+    pictures: list[Picture]  # of objects that are seen better than before; the caller removes these files, too
     output_frames: int  # how many the output has, counted from the beginning of the video
     is_end: bool  # of the video
     elapsed_seconds: float  # since the call began
@@ -223,7 +225,8 @@ def stream_object_detection(
                         if batch.is_end or (end % chunk_frames == 0 and not is_joined):
                             break
                 path, elapsed = chunk.path if chunk else "", time.monotonic() - began
-                yield StreamUpdate(path, found, end, batch.is_end, elapsed, tracker, counter, crossings)
+                pictures = tracker.take_pictures(plan.folder)
+                yield StreamUpdate(path, found, pictures, end, batch.is_end, elapsed, tracker, counter, crossings)
     except Exception as error:
         raise user_facing_error(error) from error  # from a ZeroGPU's worker, no other error arrives whole
 
@@ -296,9 +299,11 @@ def draw_batch(
     """
     selected = [select_detections(detections, conf_threshold, options) for detections in batch.detections]
     tracked = tracker.update(selected, batch.cuts)
-    found, crossings = [], []
-    frames = zip(batch.frames, batch.detections, batch.is_analysed, tracked, tracker.track_ids, strict=True)
-    for frame, detections, is_analysed, drawn, track_ids in frames:
+    frames = list(zip(batch.frames, batch.detections, tracked, tracker.track_ids, strict=True))
+    analysed = list(itertools.compress(frames, batch.is_analysed))
+    tracker.look((frame.source_index, frame.image, drawn) for frame, _, drawn, _ in analysed)
+    crossings = []
+    for frame, _, drawn, track_ids in frames:
         height, width = frame.image.shape[:2]
         crossings += counter.update(drawn, track_ids, frame.source_index, width / height)
         if options.video_output:
@@ -306,8 +311,10 @@ def draw_batch(
             draw_lines(frame.image, lines, counter.is_lit)
             draw(frame.image, drawn, options, tracker.next_trails(drawn) if options.tracks else ())
             draw_line_counts(frame.image, lines, counter.counts)
-        if is_analysed:
-            found.append(FrameDetections(frame.source_index, frame.pts_seconds, frame.source_size, detections, drawn))
+    found = [
+        FrameDetections(frame.source_index, frame.pts_seconds, frame.source_size, detections, drawn)
+        for frame, detections, drawn, _ in analysed
+    ]
     return found, crossings
 
 
@@ -690,7 +697,7 @@ class Analysis:
         self.chunks.append(update.chunk)
         with contextlib.suppress(OSError):  # a sign of use: Gradio deletes files by the time of their status (ctime)
             os.chmod(self.info.path, os.stat(self.info.path).st_mode)
-        self.results.add(update.frames)
+        self.results.add(update.frames, update.pictures)
         self.results.add_crossings(update.crossings)
         self.output_frames, self.is_end = update.output_frames, update.is_end
         self._arrivals.append((self.seconds, self.elapsed_seconds))
@@ -971,6 +978,9 @@ SHORTEST_LINE = 0.02  # of the frame: a double click does not draw
 NO_VIDEO = "Choose a video first."
 NO_CROSSINGS = "Draw a line under “Counting lines”. Who crosses it is counted here."
 PICTURE_AFTER_SECONDS = 1  # the first frame is shown as a picture if the first chunk takes longer
+MAX_PICTURES = 200  # of objects, on the page
+TICK_SECONDS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600)  # between the times below the timeline
+NO_PICTURES = "<p>A picture of each object appears here once it was seen for a second. Click on it to seek.</p>"
 WELCOME = "Upload a video, record one, or click an example."
 
 # Handlers get the fields of `Options` by name, and yield new values for components of the page, defined below.
@@ -982,7 +992,8 @@ def start(video: str | None, conf_threshold: float, request: gr.Request, **optio
 
 
 def empty_page(video: str | None, lines: dict[str, list]) -> Iterator[dict]:
-    yield {player: gr.update(value=None), table: None, line_table: NO_CROSSINGS, plot: None, progress: ""}
+    empty = {player: gr.update(value=None), gallery: NO_PICTURES, table: None, timeline: "", line_table: NO_CROSSINGS}
+    yield empty | {progress: ""}
     yield show_first_frame(video, lines)
 
 
@@ -1040,7 +1051,7 @@ def show_run(run: Run, video: str, conf_threshold: float, options: Options, join
                     if analysis.add(next(updates)):
                         if analysis.seconds >= join_seconds:
                             yield {player: analysis.next_part()}
-                        yield from show_results(analysis)
+                        yield show_results(analysis)
                     yield {status: describe(analysis), progress: progress_bar(analysis)}
             except Exception as error:
                 failure = user_facing_error(error)
@@ -1053,8 +1064,8 @@ def show_run(run: Run, video: str, conf_threshold: float, options: Options, join
                 gr.Warning(f"This video is damaged. Only the first {analysis.seconds:.1f} seconds could be read.")
             if analysis.chunks:
                 yield {files: list(analysis.save().values())}
-            else:  # the table and the plot may be those of the run before
-                yield from show_results(analysis)
+            else:  # the results on the page may be those of the run before
+                yield show_results(analysis)
         if failure and analysis.chunks:
             complete = f"The first {analysis.seconds:.0f} seconds are complete."
             failure.message += f" {complete} Press “Run again” to resume from there."
@@ -1140,23 +1151,61 @@ def progress_bar(analysis: Analysis) -> str:
     return picture + bar + "".join(f'<span class="{name}">{text}</span>' for name, text in hints.items())
 
 
-def show_results(analysis: Analysis) -> Iterator[dict]:
-    """The tables and the plot."""
-    rows = analysis.results.objects_per_class()
-    crossings = analysis.results.crossings_per_line()
-    counts = analysis.results.counts_over_time(analysis.seconds - 1 / float(analysis.fps))
-    yield {
-        table: rows,
+def show_results(analysis: Analysis) -> dict:
+    results, crossings = analysis.results, analysis.results.crossings_per_line()
+    return {
+        gallery: object_pictures(results),
+        table: results.objects_per_class(),
         line_table: crossings.to_html(index=False, border=0) if len(crossings) else NO_CROSSINGS,
-        plot: gr.update(
-            value=counts,
-            x_lim=[0, analysis.info.duration_seconds],  # fixed, so that the axis keeps still
-            y_lim=[0, max([5, *counts["count"]])],  # below 5, the axis would have ticks at halves
-        ),
+        timeline: object_bars(results),
     }
-    # In Gradio 6.31, `gr.LinePlot` rebuilds its scales and legend only when a property changes, not with new rows, and
-    # with the rows of the update before: without this second update, a class that appears later would stay invisible.
-    yield {plot: gr.update(color_map={label: label_color(label) for label in rows["Class"]})}
+
+
+def object_pictures(results: Results) -> str:
+    """HTML: a button with the best picture of each object. `page.js` seeks its `data-seconds`.
+
+    Not with a template of `gr.HTML`: Gradio 6.31 evaluates the result, with the names of classes in it, as JavaScript.
+    """
+    items = []
+    for seen in results.counted_objects(MAX_PICTURES):
+        times = f"{clock(seen.first_ms / 1000)}–{clock(seen.last_ms / 1000)}"
+        items.append(
+            f'<li><button data-seconds="{seen.best_row[0]:.3f}"><img src="{served(seen.picture)}" alt="">'
+            f"<span>{html.escape(seen.label)} {seen.number} · {times}</span></button></li>"
+        )
+    if results.object_count > MAX_PICTURES:
+        items.append(f"<li>{MAX_PICTURES} of {results.object_count} objects. Choose classes to see others.</li>")
+    return f"<ul>{''.join(items)}</ul>" if items else NO_PICTURES
+
+
+@lru_cache(maxsize=10_000)
+def served(path: str) -> str:
+    """The address of a copy that Gradio serves, and deletes later. The path names no other file before that."""
+    return f"gradio_api/file={quote(gallery.move_resource_to_block_cache(path))}"
+
+
+def object_bars(results: Results) -> str:
+    """HTML: when each object was there. `page.js` seeks a place on the ruler, which is as wide as the bars."""
+    total, rows = results.info.duration_seconds, []
+    for label, name, spans in results.timeline():
+        name, color = html.escape(name), label_color(label)
+        shares = [(start / total, (end - start) / total) for start, end in spans]
+        bars = "".join(
+            f'<div style="left: {left:.2%}; width: {width:.2%}; background: {color}"></div>' for left, width in shares
+        )
+        times = ", ".join(f"{clock(start)}–{clock(end)}" for start, end in spans)
+        rows.append(f'<li aria-label="{name}: {times}"><span>{name}</span><div class="bars">{bars}</div></li>')
+    tick_seconds = next(step for step in TICK_SECONDS if total / step < 8)
+    ticks = "".join(
+        f'<span style="left: {tick / total:.2%}">{clock(tick)}</span>'
+        for tick in range(0, math.ceil(total), tick_seconds)
+    )
+    rows = f'<ul>{"".join(rows)}</ul><div class="ruler">{ticks}</div>'
+    return f'<section tabindex="0" aria-label="Timeline">{rows}</section>'
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds // 60)}:{int(seconds % 60):02}"
 
 
 def show_first_frame(video: str | None, lines: dict[str, list]) -> dict:
@@ -1362,6 +1411,7 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
                 stop_button = gr.Button("Stop", interactive=False, size="md", min_width=100, elem_id="stop")
             with gr.Tabs(elem_id="results"):
                 with gr.Tab("Objects", render_children=True):
+                    gallery = gr.HTML(NO_PICTURES, elem_id="gallery", apply_default_css=False)
                     table = gr.Dataframe(
                         headers=TABLE_HEADERS, column_widths=["25%", "22%", "21%", "16%", "16%"], show_label=False,
                         buttons=[], interactive=False, elem_id="table",
@@ -1370,10 +1420,7 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
                     # Gradio 6.31 shows a `gr.Dataframe` that was filled before its tab was opened without its rows.
                     line_table = gr.HTML(NO_CROSSINGS, elem_id="crossings")
                 with gr.Tab("Timeline", render_children=True):
-                    plot = gr.LinePlot(
-                        pd.DataFrame(columns=["second", "class", "count"]), x="second", y="count", color="class",
-                        x_title="Seconds", y_title="Most at once", y_axis_format="d", height=210, elem_id="plot",
-                    )  # fmt: skip
+                    timeline = gr.HTML(elem_id="timeline", apply_default_css=False)
                 with gr.Tab("Files", render_children=True):
                     files = gr.File(
                         label="Available when the run ends", file_count="multiple", interactive=False, elem_id="files"
@@ -1383,7 +1430,8 @@ with gr.Blocks(title="Streaming video object detection", delete_cache=(KEPT_SECO
     is_running = gr.State(False)
     all_lines, begun_line = gr.State({}), gr.State()  # the lines that count, by video; the first point of another one
     drawn = [picture, hint, begun_line, all_lines]
-    shown = [player, status, table, line_table, plot, files, progress, start_button, stop_button, is_running, *drawn]
+    shown = [player, status, gallery, table, line_table, timeline, files, progress]
+    shown += [start_button, stop_button, is_running, *drawn]
     # A new run replaces the one before, and runs have a queue of their own.
     settings = options | {"model": model, "lines": all_lines}
     run = {"outputs": shown, "inputs_kwargs": settings, "trigger_mode": "multiple", "concurrency_limit": None}

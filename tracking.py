@@ -1,5 +1,5 @@
-"""Follows detections from frame to frame: camera cuts, numbered objects, the lines that they cross, and boxes on frames
-that were skipped.
+"""Follows detections from frame to frame: camera cuts, numbered objects, their pictures, the lines that they cross,
+and boxes on frames that were skipped.
 
 It knows neither the model nor the page.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import tempfile
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +37,10 @@ SHIFT_PROPOSERS, SHIFT_VOTERS = 3, 12  # objects that tell how the camera has mo
 TRAIL_SECONDS = 1.5
 LINE_MARGIN = 0.2  # of an object's size: so far beyond a line, it has crossed
 LIT_SECONDS = 0.5  # how long a crossed line lights up
+
+PICTURE_SIDE, PICTURE_MARGIN = 192, 0.1  # of an object: pixels of the longer side at most; around the box, of its sides
+PICTURE_BYTES = 8192  # at most
+EDGE = 0.01  # of the frame: a box that comes closer to its edge may be cut off
 
 
 @dataclass(eq=False, slots=True)
@@ -93,8 +99,17 @@ TRACK = np.dtype([
 ])  # fmt: skip
 
 
+class Picture(NamedTuple):
+    """An object where it is seen best so far."""
+
+    class_id: int
+    tracker_id: int
+    source_index: int  # of the frame
+    path: str  # of a JPEG file, at most `PICTURE_BYTES` long
+
+
 class ObjectTracker:
-    """Numbers the objects of a video, each class from 1.
+    """Numbers the objects of a video, each class from 1, and cuts out the best picture of each.
 
     A number stays while its object is out of sight for up to `LOST_SECONDS`, and ends at a cut.
 
@@ -111,6 +126,8 @@ class ObjectTracker:
         self._count: Counter[int] = Counter()  # objects of each class
         self._recent: deque[Detections] = deque(maxlen=max(1, round(TRAIL_SECONDS * fps)))  # those with numbers
         self.track_ids: list[list[int]] = []  # on each frame of the last update, those of the detections
+        self._best: dict[tuple[int, int], float] = {}  # how well an object was seen, by class and number
+        self._cut_out: dict[tuple[int, int], tuple[int, np.ndarray]] = {}  # source index and pixels, not yet taken
 
     def update(self, frames: Sequence[Detections], cuts: Sequence[bool]) -> list[Detections]:
         """The detections on the next frames with their objects' numbers.
@@ -173,6 +190,71 @@ class ObjectTracker:
         centres = _centres(recent.xyxy)
         objects = zip(detections.class_id, detections.tracker_id, strict=True)
         return [centres[(recent.class_id == label) & (recent.tracker_id == number)] for label, number in objects]
+
+    def look(self, frames: Iterable[tuple[int, np.ndarray, Detections]]) -> None:
+        """Cuts out each object that is seen better than ever before.
+
+        Args:
+            frames: Source index, image (uint8, (height, width, 3), BGR, with nothing drawn into it) and detections with
+                their numbers, of some of the next frames.
+        """
+        better = {}
+        for source_index, image, found in frames:
+            objects = zip(found.class_id.tolist(), found.tracker_id.tolist(), strict=True)
+            for key, quality, box in zip(objects, visibility(found).tolist(), found.xyxy, strict=True):
+                if quality > self._best.get(key, 0):
+                    self._best[key], better[key] = quality, (source_index, image, box)
+        for key, (source_index, image, box) in better.items():
+            self._cut_out[key] = source_index, cut_out(image, box)
+
+    def take_pictures(self, folder: str | None) -> list[Picture]:
+        """Writes those that were cut out since the last call into `folder`, by default the system's temporary one."""
+        pictures = [
+            Picture(*key, source_index, save_picture(image, folder))
+            for key, (source_index, image) in self._cut_out.items()
+        ]
+        self._cut_out.clear()
+        objects = self._tracks[["class_id", "number"]].tolist()  # others do not come back
+        self._best = {key: self._best[key] for key in objects if key in self._best}
+        return pictures
+
+
+def visibility(detections: Detections) -> np.ndarray:
+    """How well each object is seen (N,): large, surely, whole, and not behind another one. 0 if it has no number."""
+    boxes = detections.xyxy.clip(0, 1)
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)
+    common = np.minimum(boxes[:, None, 2:], boxes[:, 2:]) - np.maximum(boxes[:, None, :2], boxes[:, :2])
+    common = common.clip(0).prod(axis=-1)
+    np.fill_diagonal(common, 0)
+    covered = common.max(axis=1, initial=0) / np.maximum(areas, 1e-9)
+    is_whole = (boxes[:, :2] > EDGE).all(axis=1) & (boxes[:, 2:] < 1 - EDGE).all(axis=1)
+    share = np.where(is_whole, 1, 0.1) * (1 - 0.8 * covered)
+    return (detections.tracker_id > 0) * detections.confidence**2 * np.sqrt(areas) * share
+
+
+def cut_out(image: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """A copy of the part of an image in a box (4,), relative to it, with a margin."""
+    size = image.shape[1::-1]
+    corners = box.reshape(2, 2) * size
+    margin = PICTURE_MARGIN * (corners[1] - corners[0]).max()
+    left, top = np.floor(corners[0] - margin).clip(0, size).astype(int)
+    right, bottom = np.ceil(corners[1] + margin).clip(0, size).astype(int)
+    return image[top:bottom, left:right].copy()
+
+
+def save_picture(image: np.ndarray, folder: str | None) -> str:
+    """Writes an image as a JPEG file, smaller if need be, and returns its path."""
+    scale = min(1, PICTURE_SIDE / max(image.shape))
+    size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
+    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    for quality in (85, 60, 30, 10):  # noise needs the last one
+        jpeg = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+        if len(jpeg) <= PICTURE_BYTES:
+            break
+    handle, path = tempfile.mkstemp(".jpg", "object-", folder)
+    with os.fdopen(handle, "wb") as file:
+        file.write(jpeg)
+    return path
 
 
 def expected(tracks: np.ndarray) -> Detections:

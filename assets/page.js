@@ -81,14 +81,15 @@ new MutationObserver(() => document.querySelectorAll(".gallery-item:not([aria-la
     video.closest(".gallery-item").setAttribute("aria-label", video.src.split("/").pop()))
 ).observe(document, {childList: true, subtree: true});
 
-// A click on a row, the plot or the bar moves the player. The select events of a table and a plot go through the server,
-// and a plot's is for regions only.
+// A click on a picture, a row, the timeline or the bar moves the player. A table's select event goes through the server.
 const secondsAt = ({target, clientX}) => {
+    const picture = target.closest("[data-seconds]");
+    if (picture) return +picture.dataset.seconds;
     const table = target.closest("#table, #crossings");
     const headers = [...table?.querySelectorAll("[role=columnheader], th") ?? []].map((header) => header.innerText);
     const cells = target.closest("#table [role=row], #crossings tr")?.querySelectorAll("[role=gridcell], td");
     if (cells?.length) return parseFloat(cells[headers.indexOf("First (s)")].innerText);
-    const ruler = target === bar() ? bar() : target.closest("#plot") && document.querySelector("#plot .root .background");
+    const ruler = target === bar() ? bar() : target.closest("#timeline") && document.querySelector(".ruler");
     if (!ruler) return NaN;
     const {left, width} = ruler.getBoundingClientRect();
     return Math.min(1, Math.max(0, (clientX - left) / width)) * bar().max;
@@ -105,7 +106,7 @@ document.addEventListener("mousemove", (event) => {
     const seconds = Math.floor(secondsAt(event));
     if (!(player() && seconds >= 0)) return;
     const clock = `${Math.floor(seconds / 60)}:${String(seconds % 60).padStart(2, "0")}`;
-    event.target.closest("#table [role=row], #crossings tr, #plot, #progress").title = `Jump to ${clock}`;
+    event.target.closest("[data-seconds], #table [role=row], #crossings tr, #timeline, #progress").title = `Jump to ${clock}`;
 });
 document.addEventListener("timeupdate", ({target: video}) => {
     if (video !== player() || !bar()) return;

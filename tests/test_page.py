@@ -220,20 +220,20 @@ def test_colours_are_right_in_the_player_and_in_the_download(page, tmp_path):
             assert_colours(frame.to_ndarray(format="rgb24"))
 
 
-def test_the_plot_draws_every_class_of_the_table(page):
-    """Also those that first appear after its first update: a star, and later a circle."""
+def test_the_timeline_has_a_bar_for_each_object_in_its_colour(page):
     choose_example(page, "rising-shapes")
     wait_until_done(page)
-    page.wait_for_timeout(1000)
-    classes = table_rows(page)
+    expected = [
+        (f"{label} {number}", label_color(label))
+        for label, (objects, *_) in sorted(table_rows(page).items())
+        for number in range(1, int(objects) + 1)
+    ]
+    assert len(expected) == 8
     open_tab(page, "Timeline")
-    page.wait_for_timeout(1000)
-    lines = page.locator("#plot svg .mark-line.role-mark path[stroke]")
-    colours = {line.get_attribute("stroke") for line in lines.all()}
-    assert colours == {label_color(name) for name in classes}
-    assert len(colours) >= 4
-    ticks = page.locator("#plot svg .role-axis-label").last.locator("text").all_text_contents()
-    assert all(tick.isdigit() for tick in ticks) and len(ticks) == len({*ticks}), "whole numbers, each once"
+    expect(page.locator("#timeline li")).to_have_count(8)
+    rgb = "li => [li.innerText, getComputedStyle(li.querySelector('.bars div')).backgroundColor.match(/\\d+/g)]"
+    bars = [li.evaluate(rgb) for li in page.locator("#timeline li").all()]
+    assert [(name.strip(), f"#{bytes(map(int, color)).hex()}") for name, color in bars] == expected
 
 
 def test_a_video_without_detections_has_empty_results_and_the_status_says_what_to_do(page, tmp_path):
@@ -243,7 +243,7 @@ def test_a_video_without_detections_has_empty_results_and_the_status_says_what_t
     expect(page.locator("#status")).to_contain_text("Nothing above 1. Try a lower threshold.")
     assert not table_rows(page)
     open_tab(page, "Timeline")
-    expect(page.locator("#plot svg .mark-line path[stroke]")).to_have_count(0)
+    expect(page.locator("#timeline li")).to_have_count(0)
 
 
 def test_a_bad_number_in_the_threshold_box_is_mended_and_covers_nothing(page):
@@ -335,7 +335,7 @@ def test_stop_ends_the_run_and_what_was_streamed_can_be_downloaded(page, long_vi
 def download(page, suffix="mp4"):
     """The result file with that suffix, once the run has ended."""
     open_tab(page, "Files")
-    link = page.locator(f"#files a[href$='.{suffix}']").first
+    link = page.locator(f"#files a[href$='{suffix}']").first
     link.wait_for(timeout=60_000)
     with page.expect_download() as saved:
         link.click()
@@ -363,8 +363,10 @@ def test_the_results_are_whole_and_named_after_the_source(page):
     info = read_video_info(EXAMPLE)
     assert frames == math.ceil(len(info.pts_seconds) / 2)
     assert samples / 48_000 == pytest.approx(info.duration_seconds, abs=0.1)
-    names = [download(page, suffix).suggested_filename for suffix in ("mp4", "csv", "json")]
-    assert names == ["bouncing-shapes-boxes.mp4", "bouncing-shapes.csv", "bouncing-shapes.json"]
+    endings = ["-boxes.mp4", ".csv", ".json", "-objects.csv", "-objects.zip", "-mot.zip"]
+    for ending in endings:
+        assert download(page, f"shapes{ending}").suggested_filename == f"bouncing-shapes{ending}"
+        expect(page.locator(f"#files a[href$='shapes{ending}']")).to_be_in_viewport()
     footer = page.locator("footer")
     expect(footer).to_contain_text("Use via API")
     expect(footer).not_to_contain_text("Runs")  # old runs would break the page
@@ -541,11 +543,12 @@ def test_nothing_moves_from_an_upload_to_its_results(page, size, tmp_path):
         "#stop",
         "footer",
     ]
-    places = [page.evaluate(PLACES, selectors)]
+    in_the_tab = ["#gallery"]  # above the table, which keeps its place as well
+    places = [page.evaluate(PLACES, selectors + in_the_tab)]
     upload(page, late)
     deadline = time.monotonic() + 60
     while "Done" not in page.locator("#status").inner_text() and time.monotonic() < deadline:
-        places.append(page.evaluate(PLACES, selectors))
+        places.append(page.evaluate(PLACES, selectors + in_the_tab))
         page.wait_for_timeout(50)
     for name in ("Timeline", "Files", "Objects"):
         open_tab(page, name)
@@ -553,7 +556,7 @@ def test_nothing_moves_from_an_upload_to_its_results(page, size, tmp_path):
         places.append(page.evaluate(PLACES, selectors))
     assert len(table_rows(page)) >= 4
     moved = {tuple(place) for row in places for place in row}
-    assert len(moved) == len(selectors), sorted(moved)
+    assert len(moved) == len(selectors + in_the_tab), sorted(moved)
     if size == "laptop":
         assert page.evaluate("document.documentElement.scrollHeight") <= height, "all of it fits on the screen"
 
@@ -620,7 +623,7 @@ def test_the_bar_and_the_buttons_follow_the_run(page, long_video):
     expect(hint).not_to_be_visible()
 
 
-def test_clicks_on_the_table_the_bar_and_the_plot_move_the_player_there(page):
+def test_clicks_on_a_picture_the_table_the_bar_and_the_timeline_move_the_player_there(page):
     choose_example(page, "rising-shapes")
     play_the_end(page)
     page.wait_for_timeout(500)
@@ -632,8 +635,16 @@ def test_clicks_on_the_table_the_bar_and_the_plot_move_the_player_there(page):
     expect(page.get_by_title(f"Jump to 0:0{int(first)}")).to_be_visible()
     page.locator("#table [role=row]", has_text="cross").click()
     assert first <= wait_for(page, lambda state: not state["ended"])["time"] < first + 2
+    objects = {f"{found['label']} {found['track']}": found for found in detections_of(page)["objects"]}
+    open_tab(page, "Objects")
+    for name, press in (("square 1", "click"), ("circle 1", "Enter")):
+        best, picture = objects[name]["best_seconds"], page.get_by_role("button", name=f"{name} · 0:0")
+        assert picture.locator("img").evaluate("img => img.complete && img.naturalWidth") > 20
+        seek(page, 5.5)
+        picture.click() if press == "click" else picture.press(press)
+        assert best - 0.05 <= page.evaluate(PLAYER)["time"] < best + 0.5
     open_tab(page, "Timeline")
-    for ruler, second in (("#progress progress", 4.5), ("#plot .root .background", 3.3)):
+    for ruler, second in (("#progress progress", 4.5), ("#timeline .bars", 3.3)):
         page.locator(ruler).first.scroll_into_view_if_needed()
         box = page.locator(ruler).first.bounding_box()
         page.mouse.click(box["x"] + box["width"] * second / 6, box["y"] + box["height"] / 2)

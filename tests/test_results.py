@@ -5,10 +5,12 @@ import json
 import pickle
 import shutil
 import time
+import zipfile
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import gradio as gr
 import numpy as np
 import pandas as pd
@@ -18,10 +20,12 @@ from streams import all_end, analysis_of, count_passes, run, stream
 from videos import Kind, read_chunks
 
 import app
-from results import FrameDetections, Results
-from tracking import Detections
+from draw_boxes import label_color
+from results import CLASS_BAR_STEPS, FrameDetections, Results
+from tracking import PICTURE_BYTES, Detections, Picture
 
 EXAMPLE = app.EXAMPLES / "bouncing-shapes.mp4"
+RISING = app.EXAMPLES / "rising-shapes.mp4"
 
 
 @pytest.fixture
@@ -103,7 +107,8 @@ def saved(tmp_path_factory):
 
 def test_the_files_are_named_after_the_source(saved):
     names = [path.rsplit("/", 1)[1] for path in saved.values()]
-    assert names == ["bouncing-shapes-boxes.mp4", "bouncing-shapes.csv", "bouncing-shapes.json"]
+    endings = ["-boxes.mp4", ".csv", ".json", "-objects.csv", "-objects.zip", "-mot.zip"]
+    assert names == [f"bouncing-shapes{ending}" for ending in endings]
 
 
 def test_the_csv_says_where_the_rendered_shapes_are(report, saved):
@@ -155,20 +160,117 @@ def test_the_json_tells_frames_without_detections_from_skipped_ones(video, tmp_p
     assert content["analysed_frame_count"] == 12
 
 
-def test_the_table_and_the_plot_tell_the_same_story_as_the_truth(report):
-    results = {component: value for values in app.show_results(report) for component, value in values.items()}
-    table = {row[0]: row[1:] for row in results[app.table].to_numpy().tolist()}
+def test_the_table_and_the_timeline_tell_the_same_story_as_the_truth(report):
+    table = {row[0]: row[1:] for row in app.show_results(report)[app.table].to_numpy().tolist()}
     truth = {}
     for frame in range(0, int(report.info.duration_seconds * report.info.fps), 2):
         for label in shapes.example_truth(EXAMPLE.stem, frame)[1]:
             truth.setdefault(app.DETECTOR.id2label[int(label)], []).append(frame)
     assert set(truth) <= set(table)
-    counts = next(values[app.plot]["value"] for values in app.show_results(report) if app.plot in values)
     for name in truth:
         objects, most, first, last = table[name]
         assert objects >= most >= 1
         assert 0 <= first <= last <= report.info.duration_seconds
-        assert counts[counts["class"] == name]["count"].max() == most
+        bars = [spans for label, _, spans in report.results.timeline() if label == name]
+        assert len(bars) == objects
+        assert min(bars)[0][0] == pytest.approx(first, abs=0.051)
+
+
+# --------------------------------------------------------------------------------------------- each object by itself
+
+
+def objects_of(folder, **options):
+    """The JSON file's objects with their pictures (JPEG), and the whole file, after a run of the rising shapes."""
+    folder.mkdir()
+    saved = run(RISING, 0.3, save_to=folder, **options).saved
+    content = json.loads(Path(saved["json"]).read_text())
+    with zipfile.ZipFile(saved["pictures"]) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    assert files.pop("objects.csv") == Path(saved["objects"]).read_bytes()
+    objects = [(found, files.pop(f"{found['label']}-{found['track']}.jpg")) for found in content["objects"]]
+    assert not files, "no picture of anything else"
+    return objects, content
+
+
+def test_each_object_has_a_picture_in_its_colour_from_a_moment_when_it_was_whole(tmp_path):
+    example = shapes.EXAMPLES[RISING.stem]
+    size, actors = (example.width, example.height), list(example.actors)
+    for found, jpeg in objects_of(tmp_path / "saved")[0]:
+        seconds, box = found["best_seconds"], np.array(found["best_box"])
+        outlines = [actor.outline(seconds) for actor in actors]
+        boxes = np.array([[*corners.min(axis=0), *corners.max(axis=0)] for corners in outlines])
+        best = shapes.overlap(box, boxes).argmax()
+        assert shapes.overlap(box, boxes)[best] > 0.8
+        assert (outlines[best] >= 0).all() and (outlines[best] <= size).all(), "it is whole"
+        actor = actors.pop(best)
+        assert found["label"] == actor.kind
+        assert len(jpeg) <= PICTURE_BYTES
+        picture = cv2.imdecode(np.frombuffer(jpeg, np.uint8), cv2.IMREAD_COLOR)[:, :, ::-1]
+        height, width = picture.shape[:2]
+        assert (width, height) == pytest.approx(1.2 * (box[2:] - box[:2]) / 2, abs=4), "with a margin, at half size"
+        middle = picture[height // 2 - 2 : height // 2 + 3, width // 2 - 2 : width // 2 + 3].mean(axis=(0, 1))
+        assert middle == pytest.approx(actor.colour, abs=25)
+        outline = np.array([int(label_color(actor.kind)[i : i + 2], 16) for i in (1, 3, 5)])
+        assert not (np.abs(picture.astype(int) - outline).max(axis=2) < 30).any(), "nothing was drawn yet"
+    assert not actors, "each shape has a picture"
+
+
+def test_objects_csv_has_the_same_rows_as_the_json_and_agrees_with_the_detections(saved):
+    content = json.loads(Path(saved["json"]).read_text())
+    detections = {(d["time_seconds"], d["label"], d["track"]): d for d in content["detections"]}
+    with open(saved["objects"], newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(content["objects"]) == 5
+    for row, found in zip(rows, content["objects"], strict=True):
+        box = found.pop("best_box")
+        assert [float(row.pop(side)) for side in ("x1", "y1", "x2", "y2")] == box
+        assert row == {key: str(value) for key, value in found.items()}
+        best = detections[found["best_seconds"], found["label"], found["track"]]
+        assert (best["score"], best["box"]) == (found["best_score"], box)
+        times = [time for time, *key in detections if key == [found["label"], found["track"]]]
+        assert (found["first_seconds"], found["last_seconds"]) == (min(times), max(times))
+        assert 1 <= found["seen_seconds"] <= found["last_seconds"] - found["first_seconds"]
+
+
+def test_a_cached_run_has_the_same_pictures_without_the_model(tmp_path, monkeypatch):
+    first = objects_of(tmp_path / "first")
+    passes = count_passes(monkeypatch)
+    assert objects_of(tmp_path / "second") == first
+    assert not passes
+
+
+def test_pictures_are_of_analysed_frames(tmp_path, monkeypatch):
+    """Between them, boxes are interpolated."""
+    monkeypatch.setattr(app, "step_to_keep_up", lambda *_: 4)
+    objects, content = objects_of(tmp_path / "saved", analysed=app.KEEP_UP)
+    assert content["step"] == 4
+    assert len(objects) == 8
+    for found, _ in objects:
+        assert round(found["best_seconds"] * content["video"]["fps"]) in content["analysed_frames"]
+
+
+def test_the_mot_zip_has_the_same_tracks_and_shows_them_on_skipped_frames(saved):
+    """Also read with datumaro 1.13, as CVAT does."""
+    with zipfile.ZipFile(saved["mot"]) as archive, archive.open("gt/gt.txt") as file:
+        lines = np.loadtxt(file, delimiter=",")
+        labels = archive.read("gt/labels.txt").decode().split("\n")
+    assert labels == list(app.DETECTOR.id2label.values())
+    assert (lines[:, [6, 8]] == 1).all()
+    numbers, frames = {}, {}
+    for found in json.loads(Path(saved["json"]).read_text())["detections"]:
+        if found["track"]:
+            left, top, right, bottom = found["box"]
+            expected = (found["frame"] + 1, left, top, right - left, bottom - top, labels.index(found["label"]) + 1)
+            (line,) = lines[(np.abs(lines[:, [0, 2, 3, 4, 5, 7]] - expected) < 0.01).all(axis=1)]
+            numbers.setdefault((found["label"], found["track"]), set()).add(line[1])
+            frames.setdefault(line[1], []).append(line[0])
+    assert sorted(numbers.values(), key=min) == [{number} for number in range(1, len(numbers) + 1)], (
+        "one number for each object"
+    )
+    for number, seen in frames.items():
+        assert len(seen) < (lines[:, 1] == number).sum(), "every second frame was skipped"
+        gaps = np.diff(lines[lines[:, 1] == number, 0])
+        assert sorted(gaps[gaps > 1]) == sorted(gap for gap in np.diff(seen) if gap > 0.5 * 30)
 
 
 def test_a_threshold_of_0_costs_little_memory_per_frame(video):
@@ -182,7 +284,7 @@ def test_a_frame_that_two_gpu_calls_show_is_reported_once(video, tmp_path):
     update = next(stream(video, 0.0, folder=str(tmp_path)))
     report.add(update)
     once = len(report.results.detections())
-    report.add(update._replace(frames=update.frames[-1:]))
+    report.add(update._replace(frames=update.frames[-1:], pictures=[]))
     assert len(report.results.detections()) == once > 0
 
 
@@ -236,8 +338,8 @@ def results_of(frames, seconds):
     return results
 
 
-@pytest.mark.parametrize(("seconds", "seconds_per_point"), [(1.2, 1), (24, 1), (600, 3)])
-def test_objects_and_counts_are_those_of_all_rows_together(seconds, seconds_per_point):
+@pytest.mark.parametrize("seconds", [1.2, 24, 600])
+def test_objects_and_counts_are_those_of_all_rows_together(seconds):
     frames = list(many_frames(round(min(24, seconds) * 12.5), 3))
     results = results_of(frames + frames[-1:], seconds)  # two GPU calls may show the same frame
     rows = results.detections().dropna(subset="track")
@@ -251,11 +353,50 @@ def test_objects_and_counts_are_those_of_all_rows_together(seconds, seconds_per_
         times = alike["time_seconds"]
         expected = [alike["track"].nunique(), alike["at_once"].max(), times.min(), times.max()]
         assert table.loc[label].tolist() == pytest.approx(expected, abs=0.051)
-    counts = results.counts_over_time(23)
-    assert counts["second"].unique().tolist() == list(range(0, 24, seconds_per_point))
-    most = rows.groupby([rows["time_seconds"] // seconds_per_point * seconds_per_point, "label"])["at_once"].max()
-    for _, second, label, count in counts.itertuples():
-        assert count == most.get((second, label), 0)
+    times = rows.groupby(["label", "track"])["time_seconds"].agg(["min", "max"])
+    counted = [(seen.label, seen.number, seen.first_ms, seen.last_ms) for seen in results.counted_objects()]
+    assert counted == [(*key, round(1000 * first), round(1000 * last)) for key, first, last in times.itertuples()]
+    bars = results.timeline()
+    if len(counted) <= 30:
+        spans = [(f"{label} {number}", [(first / 1000, last / 1000)]) for label, number, first, last in counted]
+        assert [(name, found) for _, name, found in bars] == spans
+    else:
+        assert [bar.label for bar in bars] == ["circle", "cross", "star"]
+    step = 1000 * seconds / CLASS_BAR_STEPS
+    for label, _, spans in bars if len(counted) > 30 else ():
+        shown, expected = np.zeros((2, CLASS_BAR_STEPS))
+        for first, last in spans:
+            shown[round(1000 * first / step) : round(1000 * last / step)] = 1
+        for name, _, first, last in counted:
+            if name == label:
+                expected[int(first / step) : int(last / step) + 1] = 1
+        assert (shown == expected).all()
+
+
+def test_a_frame_that_comes_again_may_bring_a_number_and_a_picture():
+    box = np.array([[0.1, 0.1, 0.3, 0.5]], np.float32)
+    new, numbered = (Detections(box, np.array([0.9]), np.array([0]), np.array([number])) for number in (0, 1))
+    results = results_of([FrameDetections(2, 1.0, (640, 360), new, new)], 24)
+    results.add([FrameDetections(2, 1.0, (640, 360), numbered, numbered)], [Picture(0, 1, 2, "star.jpg")])
+    assert results.detections()["track"].tolist() == [1]
+
+
+def test_at_most_200_pictures_are_shown_and_a_label_is_not_taken_for_html(tmp_path):
+    (tmp_path / "picture.jpg").write_bytes(b"")
+    results = results_of([], 24)
+    results._id2label = {0: "<i>${star}</i>"}
+    class_id, tracker_id = np.zeros(250, int), np.arange(1, 251)
+    boxes = Detections(np.ones((250, 4)), np.ones(250), class_id, tracker_id)
+    results.info.pts_seconds = np.arange(5) / 2
+    for index in range(5):
+        results.add([FrameDetections(index, index / 2, (640, 360), boxes, boxes)])
+    results.add([], [Picture(0, number, 4, str(tmp_path / "picture.jpg")) for number in tracker_id.tolist()])
+    pictures = app.object_pictures(results)
+    assert pictures.count("<button") == 200
+    assert "200 of 250 objects" in pictures
+    for text in (pictures, app.object_bars(results)):
+        assert "&lt;i&gt;${star}&lt;/i&gt;" in text
+        assert "<i>" not in text
 
 
 def test_after_two_hours_a_chunk_costs_what_the_first_ones_cost():
@@ -264,7 +405,8 @@ def test_after_two_hours_a_chunk_costs_what_the_first_ones_cost():
         began = time.process_time()
         results.add(frames[start : start + 25])
         results.objects_per_class()
-        results.counts_over_time(start / 12.5)
+        results.counted_objects(app.MAX_PICTURES)
+        results.timeline()
         seconds.append(time.process_time() - began)
     assert np.median(seconds[-100:]) < 3 * np.median(seconds[:100])
 

@@ -3,6 +3,7 @@
 import dataclasses
 import pickle
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -224,12 +225,14 @@ def test_a_tracker_that_was_pickled_goes_on():
     assert copy.update(on_the_way(1, start=0.16), [False])[0].tracker_id.tolist() == [1]
 
 
-def test_the_tracker_does_not_grow_with_the_video():
+def test_the_tracker_does_not_grow_with_the_video(tmp_path):
     tracker, rng = tracking.ObjectTracker(12), np.random.default_rng(4)
     sizes = []
     for _ in range(40):  # 40 objects come and go, 48 frames each
         frames = on_the_way(24, start=rng.uniform(0, 0.6)) + [NOTHING] * 24
-        tracker.update(frames, [False] * 48)
+        tracked = tracker.update(frames, [False] * 48)
+        tracker.look((index, IMAGE, found) for index, found in enumerate(tracked))
+        assert len(tracker.take_pictures(tmp_path)) == 1
         sizes.append(len(pickle.dumps(tracker)))
     assert sizes[-1] <= sizes[0] + 100
 
@@ -356,3 +359,57 @@ def test_a_crossed_line_is_lit_for_half_a_second():
         lit.append(counter.is_lit.tolist())
     assert sum(first for first, _ in lit) == 6
     assert not any(second for _, second in lit)
+
+
+# -------------------------------------------------------------------------------------------- pictures of the objects
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (540, 960, 3), np.uint8)  # noise: the largest JPEG
+
+
+def pictures_of(tracker: tracking.ObjectTracker, frames: list[Detections], folder: Path) -> list[tuple[int, int]]:
+    """The number and the frame of each picture that a chunk of these frames brings. Their files are checked."""
+    tracked = tracker.update(frames, [False] * len(frames))
+    tracker.look((index, IMAGE, found) for index, found in enumerate(tracked))
+    pictures = tracker.take_pictures(folder)
+    for picture in pictures:
+        assert Path(picture.path).stat().st_size <= tracking.PICTURE_BYTES
+        image = cv2.imread(picture.path)
+        assert max(image.shape) <= tracking.PICTURE_SIDE
+    return [(picture.tracker_id, picture.source_index) for picture in pictures]
+
+
+def test_a_picture_comes_once_per_chunk_and_only_if_it_is_better(tmp_path):
+    tracker = tracking.ObjectTracker(12)
+    widths = 0.1 + 0.3 * np.sin(np.linspace(0, np.pi, 24))
+    nearer = [one(0.2, width=width) for width in widths]
+    assert pictures_of(tracker, nearer[:10], tmp_path) == [(1, 9)]
+    assert pictures_of(tracker, nearer[10:14], tmp_path) in ([(1, 1)], [(1, 2)])
+    assert pictures_of(tracker, nearer[14:], tmp_path) == []
+    tracker = pickle.loads(pickle.dumps(tracker))  # as ZeroGPU does
+    assert pictures_of(tracker, nearer[::-1], tmp_path) == []
+
+
+def test_an_object_is_seen_best_where_it_is_large_surely_found_whole_and_free():
+    def quality(*found: Detections) -> float:
+        """Of the first one."""
+        numbered = dataclasses.replace(Detections.merge(found), tracker_id=np.arange(1, len(found) + 1))
+        return tracking.visibility(numbered)[0]
+
+    unsure, apart, behind = one(0.4), one(0.6), one(0.43, class_id=1)
+    unsure.confidence = unsure.confidence - 0.2
+    best = quality(one(0.4), apart)
+    assert best == quality(one(0.4))
+    for worse in ((one(0.4, width=0.08),), (unsure,), (one(0.9, width=0.12),), (one(0.4), behind)):
+        assert quality(*worse) < best
+    assert quality(one(0.9, width=0.12)) < quality(one(0.4, width=0.02)), "better small than cut off"
+
+
+def test_what_has_no_number_has_no_picture(tmp_path):
+    tracker = tracking.ObjectTracker(12)
+    assert pictures_of(tracker, on_the_way(2), tmp_path) == []
+    assert pictures_of(tracker, on_the_way(4, start=0.12), tmp_path) == [(1, 0)], "its number came late"
+
+
+def test_a_tall_and_thin_object_has_a_picture_with_a_margin(tmp_path):
+    box = np.array([0.5, 0.1, 0.501, 0.9])
+    assert tracking.cut_out(IMAGE, box).shape == (520, 89, 3)
