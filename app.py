@@ -1127,7 +1127,7 @@ def describe(analysis: Analysis, ended: str = "") -> str:
     if (step := analysis.step) > 1:
         suffix = "th" if step % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(step % 10, "th")
         line += f" · analysing every {step}{suffix} frame"
-    return f"{line} · {speed:.1f}× real time"
+    return f"{line} · {speed:.1f}× real time" if seconds else line
 
 
 def progress_bar(analysis: Analysis) -> str:
@@ -1198,7 +1198,7 @@ def object_bars(results: Results) -> str:
     tick_seconds = next(step for step in TICK_SECONDS if total / step < 8)
     ticks = "".join(
         f'<span style="left: {tick / total:.2%}">{clock(tick)}</span>'
-        for tick in range(0, math.ceil(total), tick_seconds)
+        for tick in range(0, math.ceil(0.97 * total), tick_seconds)
     )
     rows = f'<ul>{"".join(rows)}</ul><div class="ruler">{ticks}</div>'
     return f'<section tabindex="0" aria-label="Timeline">{rows}</section>'

@@ -55,7 +55,8 @@ def draw_bounding_boxes(
 
     Only the part of a box inside the frame is outlined; a box that has none, or is empty, inverted or not a number,
     is left out. Tags stay inside the frame. No tag covers more pixels than its box has: on a small box it leaves out
-    the score, then shows the object's number alone, or there is none.
+    the score, then shows the object's number alone, or there is none. A tag that would cover that of a higher score
+    moves to another corner of its box.
 
     Args:
         frame: The picture, changed in place: uint8, (height, width, 3), BGR, C-contiguous.
@@ -95,11 +96,16 @@ def draw_bounding_boxes(
             _draw_trail(frame, np.vstack([trails[i], boxes[i].reshape(2, 2).mean(axis=0)]), colors[i], line_width)
     for i in order:
         _draw_outline(frame, boxes[i], colors[i], line_width)
-    for i in order:
+    tags, places = [], np.zeros((0, 4), int)
+    for i in reversed(order):
         number = f" {track_ids[i]}" if track_ids[i] else ""
         label = " ".join(labels[i].split())  # a line break would put text below the tag
         texts = [f"{label}{number}: {scores[i]:.2f}", f"{label}{number}", number]
-        _put_tag(frame, boxes[i], (_tag(text, colors[i], text_size) for text in texts if text))
+        tag = _fitting_tag(boxes[i], (_tag(text, colors[i], text_size) for text in texts if text))
+        tags.append(tag)
+        places = np.vstack((places, _tag_place(boxes[i], tag, (width, height), places)))
+    for tag, (left, top, right, bottom) in zip(reversed(tags), reversed(places), strict=True):
+        frame[top:bottom, left:right] = tag[: bottom - top, : right - left]
     return frame
 
 
@@ -230,15 +236,26 @@ def _tag(text: str, color: BGR, text_size: int) -> np.ndarray:
     return tag
 
 
-def _put_tag(frame: np.ndarray, box: np.ndarray, tags: Iterable[np.ndarray]) -> None:
-    """Puts the first tag that is no larger than the box on its upper left corner, or inside it without room above."""
+def _fitting_tag(box: np.ndarray, tags: Iterable[np.ndarray]) -> np.ndarray:
+    """The first tag that is no larger than the box, or an empty one."""
     area = np.prod(box[2:] - box[:2])
-    tag = next((tag for tag in tags if tag.shape[0] * tag.shape[1] <= area), frame[:0, :0])  # or an empty one
-    height, width = tag.shape[:2]
-    left = max(0, min(int(box[0]), frame.shape[1] - width))
-    top = int(box[1]) - height if box[1] >= height else max(0, min(int(box[1]), frame.shape[0] - height))
-    place = frame[top : top + height, left : left + width]
-    place[:] = tag[: place.shape[0], : place.shape[1]]  # it may be larger than the whole frame
+    return next((tag for tag in tags if tag.shape[0] * tag.shape[1] <= area), np.empty((0, 0, 3), np.uint8))
+
+
+def _tag_place(box: np.ndarray, tag: np.ndarray, size: tuple[int, int], taken: np.ndarray) -> np.ndarray:
+    """Left, top, right and bottom of a tag: where it covers the least of the places (N, 4) that are taken.
+
+    It lies on the upper left corner of its box if it can, or inside it without room above; else on another corner.
+    """
+    tag_size = np.array(tag.shape[1::-1])
+    x1, y1, x2, y2 = box.astype(int).tolist()
+    width, height = tag_size.tolist()
+    above = y1 - height if y1 >= height else y1
+    corners = np.array([(x1, above), (x2 - width, above), (x1, y2), (x2 - width, y2)])
+    corners = corners.clip(0, np.maximum(np.subtract(size, tag_size), 0))
+    places = np.hstack((corners, np.minimum(corners + tag_size, size)))
+    common = np.minimum(places[:, None, 2:], taken[:, 2:]) - np.maximum(places[:, None, :2], taken[:, :2])
+    return places[common.clip(0).prod(axis=-1).sum(axis=-1).argmin()]
 
 
 def _text_color(background: BGR) -> BGR:
