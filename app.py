@@ -1004,12 +1004,12 @@ def redraw(
 
     `playhead_seconds` is the viewer's position: cached frames up to there come at once.
     """
-    yield from replace_run(request, (), video, conf_threshold, options, playhead_seconds)
+    yield from replace_run(request, iter(()), video, conf_threshold, options, playhead_seconds)
 
 
 def replace_run(
     request: gr.Request,
-    before: Iterable[dict],
+    before: Iterator[dict],
     video: str | None,
     conf_threshold: float,
     options: dict,
@@ -1019,7 +1019,7 @@ def replace_run(
     options = Options(**options | {"lines": options["lines"].get(video, ())})
     with new_run(request.session_hash) as run:
         time.sleep(SETTLE_SECONDS)
-        first = {files: None, **buttons(running=video is not None)}
+        first = {files: None, **buttons(running=video is not None), **next(before, {})}
         nothing = {status: WELCOME, start_button: gr.update(interactive=False)}
         shown = [nothing] if video is None else show_run(run, video, conf_threshold, options, join_seconds)
         for values in itertools.chain([first], before, shown):

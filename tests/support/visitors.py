@@ -14,7 +14,6 @@ class Visitor:
     """A program that asks for a stream."""
 
     def __init__(self, server, path, threshold=0.3, endpoint="stream_object_detection"):
-        self.url = f"{server}/gradio_api/call/{endpoint}"
         data = [
             {"path": path, "meta": {"_type": "gradio.FileData"}},
             threshold,
@@ -22,14 +21,15 @@ class Visitor:
             "Half (fast)",
             "Every frame",
             True,
-            True,
+            *{"stream_object_detection": ["shapes-rtdetr", None], "detect_video": [True, "shapes-rtdetr", []]}[
+                endpoint
+            ],
         ]
-        request = urllib.request.Request(
-            self.url, json.dumps({"data": data}).encode(), {"Content-Type": "application/json"}
-        )
+        url = f"{server}/gradio_api/call/{endpoint}"
+        request = urllib.request.Request(url, json.dumps({"data": data}).encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=30) as response:
             event = json.load(response)["event_id"]
-        self.answers = urllib.request.urlopen(f"{self.url}/{event}", timeout=60)
+        self.answers = urllib.request.urlopen(f"{url}/{event}", timeout=60)
 
     def wait_for(self, pattern):
         line = b""
