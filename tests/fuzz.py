@@ -149,6 +149,8 @@ def stream(path: str, folder: str) -> tuple[list[str], str, str]:
         with contextlib.closing(app.stream_object_detection(path, 0.3, plan=app.Plan(folder=folder))) as updates:
             for update in updates:
                 chunks.append(update.chunk)
+                for picture in update.pictures:
+                    os.remove(picture.path)
                 if time.monotonic() - started > SECONDS:
                     return chunks, "", f"no end after {SECONDS} s and {len(chunks)} chunks"
     except gr.Error as error:

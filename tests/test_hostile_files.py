@@ -19,6 +19,7 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from streams import stream
 from videos import Kind, ask_for_whole_video, ffmpeg, read_chunks
+from visitors import inputs
 
 import app
 
@@ -243,19 +244,20 @@ def test_a_pattern_does_not_stand_for_other_pictures(tmp_path):
 # ----------------------------------------------------------------------------------------- over the network
 
 
-@pytest.mark.parametrize("endpoint", ["/stream_object_detection", "/detect_video"])
+@pytest.mark.parametrize("endpoint", ["stream_object_detection", "detect_video"])
 @pytest.mark.parametrize(("make", "name"), [(hls, "x.m3u8"), (hls, "x.mp4"), (ffconcat, "x.mp4"), (dash, "x.mpd")])
 def test_an_upload_that_points_elsewhere_is_refused_by_the_server(make, name, endpoint, client, secret, web, tmp_path):
     for target in (str(secret), web.url):
         path = tmp_path / name
         path.write_text(make(target))
         with pytest.raises(AppError, match=r"This file .*\.$"):
-            client.predict(handle_file(path), 0.5, [], "Half (fast)", "Every frame", True, api_name=endpoint)
+            data = [value for value in inputs(endpoint, handle_file(path)) if value is not None]  # without the state
+            client.predict(*data, api_name=f"/{endpoint}")
 
 
 def call(server: str, endpoint: str, video: object, conf_threshold: object = 0.5) -> str:
     """The server's answer to a program that sends `video` as the video."""
-    body = json.dumps({"data": [video, conf_threshold, [], "Half (fast)", "Every frame", True, True]}).encode()
+    body = json.dumps({"data": inputs(endpoint, video, conf_threshold)}).encode()
     url = f"{server}/gradio_api/call/{endpoint}"
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=20) as answer:
@@ -287,8 +289,8 @@ def test_a_program_cannot_name_a_file_that_it_has_not_uploaded(endpoint, video, 
 def test_a_link_is_refused_with_a_sentence_in_any_input(endpoint, server):
     """Gradio would download it."""
     link = {"path": "https://example.com/street.mp4", **META}
-    for inputs in ((link,), (None, link)):
-        assert "Links are not accepted. Please upload the file." in call(server, endpoint, *inputs)
+    for arguments in ((link,), (None, link)):
+        assert "Links are not accepted. Please upload the file." in call(server, endpoint, *arguments)
 
 
 @pytest.mark.parametrize("route", ["file=", "file/"])

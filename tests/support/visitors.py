@@ -10,21 +10,18 @@ import urllib.request
 import uuid
 
 
+def inputs(endpoint, video, threshold=0.3):
+    """The data of a call: every frame, with the shipped detector."""
+    data = [video, threshold, [], "Half (fast)", "Every frame", True]
+    model, lines = "shapes-rtdetr", []
+    return data + ([True, model, lines] if endpoint == "detect_video" else [model, None])
+
+
 class Visitor:
     """A program that asks for a stream."""
 
     def __init__(self, server, path, threshold=0.3, endpoint="stream_object_detection"):
-        data = [
-            {"path": path, "meta": {"_type": "gradio.FileData"}},
-            threshold,
-            [],
-            "Half (fast)",
-            "Every frame",
-            True,
-            *{"stream_object_detection": ["shapes-rtdetr", None], "detect_video": [True, "shapes-rtdetr", []]}[
-                endpoint
-            ],
-        ]
+        data = inputs(endpoint, {"path": path, "meta": {"_type": "gradio.FileData"}}, threshold)
         url = f"{server}/gradio_api/call/{endpoint}"
         request = urllib.request.Request(url, json.dumps({"data": data}).encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(request, timeout=30) as response:
