@@ -159,12 +159,12 @@ class StreamUpdate(NamedTuple):
     chunk: str  # path of an mp4 file (H.264, FLAC), which the caller removes; empty without `video_output`
     frames: list[FrameDetections]  # analysed since the last update
     pictures: list[Picture]  # of objects that are seen better than before; the caller removes these files, too
+    crossings: list[Crossing]  # of the lines
     output_frames: int  # how many the output has, counted from the beginning of the video
     is_end: bool  # of the video
     elapsed_seconds: float  # since the call began
     tracker: ObjectTracker
     counter: LineCounter
-    crossings: list[Crossing]  # since the last update
 
 
 def gpu_duration(
@@ -226,7 +226,7 @@ def stream_object_detection(
                             break
                 path, elapsed = chunk.path if chunk else "", time.monotonic() - began
                 pictures = tracker.take_pictures(plan.folder)
-                yield StreamUpdate(path, found, pictures, end, batch.is_end, elapsed, tracker, counter, crossings)
+                yield StreamUpdate(path, found, pictures, crossings, end, batch.is_end, elapsed, tracker, counter)
     except Exception as error:
         raise user_facing_error(error) from error  # from a ZeroGPU's worker, no other error arrives whole
 

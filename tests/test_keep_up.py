@@ -249,7 +249,7 @@ def test_the_time_left_counts_down_at_the_pace_since_the_first_chunk(video, monk
         now += took / 2
         lines.append(app.describe(report))
         now += took / 2
-        report.add(app.StreamUpdate("", [], end, False, 0.0, None))
+        report.add(app.StreamUpdate("", [], [], [], end, False, 0.0, None, None))
         lines.append(app.describe(report))
     left = [int(found[1]) for line in lines if (found := re.search(r"of 5.0 s · (\d+) s left", line))]
     assert left == [9, 8, 1, 0, 0]
