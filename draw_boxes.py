@@ -96,16 +96,13 @@ def draw_bounding_boxes(
             _draw_trail(frame, np.vstack([trails[i], boxes[i].reshape(2, 2).mean(axis=0)]), colors[i], line_width)
     for i in order:
         _draw_outline(frame, boxes[i], colors[i], line_width)
-    tags, places = [], np.zeros((0, 4), int)
-    for i in reversed(order):
+    tags = []
+    for i in order:
         number = f" {track_ids[i]}" if track_ids[i] else ""
         label = " ".join(labels[i].split())  # a line break would put text below the tag
         texts = [f"{label}{number}: {scores[i]:.2f}", f"{label}{number}", number]
-        tag = _fitting_tag(boxes[i], (_tag(text, colors[i], text_size) for text in texts if text))
-        tags.append(tag)
-        places = np.vstack((places, _tag_place(boxes[i], tag, (width, height), places)))
-    for tag, (left, top, right, bottom) in zip(reversed(tags), reversed(places), strict=True):
-        frame[top:bottom, left:right] = tag[: bottom - top, : right - left]
+        tags.append(_fitting_tag(boxes[i], (_tag(text, colors[i], text_size) for text in texts if text)))
+    _put_tags(frame, boxes[order], tags)
     return frame
 
 
@@ -240,6 +237,15 @@ def _fitting_tag(box: np.ndarray, tags: Iterable[np.ndarray]) -> np.ndarray:
     """The first tag that is no larger than the box, or an empty one."""
     area = np.prod(box[2:] - box[:2])
     return next((tag for tag in tags if tag.shape[0] * tag.shape[1] <= area), np.empty((0, 0, 3), np.uint8))
+
+
+def _put_tags(frame: np.ndarray, boxes: np.ndarray, tags: Sequence[np.ndarray]) -> None:
+    """Draws a tag for each box. The last ones choose their places first, and lie on top."""
+    places = np.zeros((0, 4), int)
+    for box, tag in zip(boxes[::-1], tags[::-1], strict=True):
+        places = np.vstack((places, _tag_place(box, tag, frame.shape[1::-1], places)))
+    for tag, (left, top, right, bottom) in zip(tags, places[::-1], strict=True):
+        frame[top:bottom, left:right] = tag[: bottom - top, : right - left]
 
 
 def _tag_place(box: np.ndarray, tag: np.ndarray, size: tuple[int, int], taken: np.ndarray) -> np.ndarray:

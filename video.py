@@ -121,12 +121,7 @@ def read_video_info(path: str | os.PathLike) -> VideoInfo:
 def _read_packets(path: str, modified: float) -> VideoInfo:
     with _open(path) as container:
         stream, audio = _choose_tracks(container)
-        width, height, pixel_aspect = stream.width, stream.height, stream.sample_aspect_ratio
-        if not pixel_aspect or not 1 / MAX_PIXEL_ASPECT <= pixel_aspect <= MAX_PIXEL_ASPECT:
-            pixel_aspect = Fraction(1)
-        shown_width = round(width * pixel_aspect)
-        if max(width, shown_width) * height > MAX_PIXELS or max(width, shown_width, height) > MAX_SIDE:
-            raise VideoError(f"The frames of this video are too large: {shown_width}x{height} pixels.")
+        pixel_aspect = _pixel_aspect(stream)
         repair, packets, frames, delay = ClockRepair(container), array("q"), [], 0
         stream.thread_type = "NONE"  # several threads would need more packets for the first frame
         for packet in _demux(container, stream, audio):
@@ -156,11 +151,7 @@ def _read_packets(path: str, modified: float) -> VideoInfo:
             raise VideoError(f"This video is longer than {MAX_HOURS} hours.")
         if duration_seconds * fps > MAX_FRAMES + 1:  # in the output, which repeats a frame that is shown for longer
             raise VideoError(f"This video has more than {MAX_FRAMES:,} frames.")
-        header_end = float((stream.duration or 0) * stream.time_base)  # in some containers, it is the duration
-        with contextlib.suppress(KeyError, ValueError):  # Matroska has it as a tag: 00:00:07.300
-            hours, minutes, seconds = map(float, stream.metadata["DURATION"].split(":"))
-            header_end = hours * 3600 + minutes * 60 + seconds
-        header_seconds = 0.98 * (header_end - max(0.0, start_seconds)) - 0.5  # headers are not exact
+        header_seconds = 0.98 * (_header_end(stream) - max(0.0, start_seconds)) - 0.5  # headers are not exact
         is_timed = bool(frames) and frames[0].pts is not None and not is_counted
         is_for_opencv, orientation, matrix = _look(container, stream, frames, is_timed and not repair.has_jumps)
         return VideoInfo(
@@ -182,11 +173,30 @@ def _read_packets(path: str, modified: float) -> VideoInfo:
             first_seconds=float(frames[0].pts * unit) - start_seconds if is_timed else 0.0,
             key_seconds=(np.append(ticks[0], key_ticks) - ticks[0]) * float(unit),
             is_for_opencv=is_for_opencv,
-            size=(frames[0].width, frames[0].height) if frames else (width, height),
+            size=(frames[0].width, frames[0].height) if frames else (stream.width, stream.height),
             orientation=orientation,
             matrix=matrix,
             transfer=stream.codec_context.color_trc,
         )
+
+
+def _pixel_aspect(stream: av.VideoStream) -> Fraction:
+    """Width by height of a pixel. Raises a `VideoError` if the frames are too large."""
+    width, height, aspect = stream.width, stream.height, stream.sample_aspect_ratio
+    if not aspect or not 1 / MAX_PIXEL_ASPECT <= aspect <= MAX_PIXEL_ASPECT:
+        aspect = Fraction(1)
+    shown_width = round(width * aspect)
+    if max(width, shown_width) * height > MAX_PIXELS or max(width, shown_width, height) > MAX_SIDE:
+        raise VideoError(f"The frames of this video are too large: {shown_width}x{height} pixels.")
+    return aspect
+
+
+def _header_end(stream: av.VideoStream) -> float:
+    """When the video ends, in seconds, or in some containers how long it is, as the header says; 0 if it does not."""
+    with contextlib.suppress(KeyError, ValueError):  # Matroska has it as a tag: 00:00:07.300
+        hours, minutes, seconds = map(float, stream.metadata["DURATION"].split(":"))
+        return hours * 3600 + minutes * 60 + seconds
+    return float((stream.duration or 0) * stream.time_base)
 
 
 def _choose_tracks(container: InputContainer) -> tuple[av.VideoStream, av.AudioStream | None]:

@@ -24,7 +24,6 @@ app with every frame, and the app with as many frames as keep up: only the first
 import argparse
 import asyncio
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -35,7 +34,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -466,15 +464,10 @@ def measure_visitors(count: int, video: str, folder: Path) -> dict[str, list[flo
     from visitors import Viewer, upload
 
     with running_app(folder) as (server, pid), ThreadPoolExecutor(count) as pool:
-        with urllib.request.urlopen(f"{server}/config", timeout=30) as answer:
-            handlers = {event["api_name"]: event["id"] for event in json.load(answer)["dependencies"]}
-        handlers["start"] = handlers["stream_object_detection"]
         path = upload(server, Path(video))
         before, most = memory_mb("VmRSS", pid), 0.0
-        viewers = [Viewer(server, path, handlers) for _ in range(count)]
-        visits = [
-            pool.submit(viewer.watch, MOVES, [[], "Half (fast)", "As many as keep up", True]) for viewer in viewers
-        ]
+        viewers = [Viewer(server, path) for _ in range(count)]
+        visits = [pool.submit(viewer.watch, MOVES) for viewer in viewers]
         while not all(visit.done() for visit in visits):
             most = max(most, memory_mb("VmRSS", pid))
             time.sleep(0.5)
@@ -496,6 +489,7 @@ def compare_visitors(folder: Path) -> list[str]:
     for count in VISITORS:
         (folder / str(count)).mkdir()
         columns.append(measure_visitors(count, video, folder / str(count)))
+        print(count, columns[-1], file=sys.stderr)
     lines = ["", f"| {describe(video)} | {' | '.join(map(str, VISITORS))} |", f"|---|{'--:|' * len(VISITORS)}"]
     for key, (name, form) in VISITOR_ROWS.items():
         pairs = [c[key] if key == "memory_mb" else (statistics.median(c[key]), max(c[key])) for c in columns]

@@ -52,17 +52,24 @@ def upload(server, path):
 class Viewer:
     """A page without a browser: it watches a stream, as hls.js does, and changes the threshold.
 
-    Each run is a call of the handlers that the page calls, `start` and then `redraw`, within one session.
+    Each run is a call of a handler that the page calls, first `start` and then `redraw`, within one session.
     """
 
-    def __init__(self, server, path, handlers):
-        self.server, self.handlers, self.session = f"{server}/gradio_api", handlers, uuid.uuid4().hex
+    def __init__(self, server, path):
+        self.server, self.session = f"{server}/gradio_api", uuid.uuid4().hex
+        with urllib.request.urlopen(f"{server}/config", timeout=30) as answer:
+            config = json.load(answer)
+        self.handlers = {event["api_name"]: event for event in config["dependencies"]}
+        self.defaults = {component["id"]: component["props"].get("value") for component in config["components"]}
         self.video = {"path": path, "meta": {"_type": "gradio.FileData"}}
         self.playlist, self.is_gone = None, False  # the address of the newest one
         self.heartbeat = urllib.request.urlopen(f"{self.server}/heartbeat/{self.session}", timeout=300)
 
     def join(self, handler, *data):
-        body = {"fn_index": self.handlers[handler], "session_hash": self.session, "data": [self.video, *data]}
+        """Calls it with the video, with `data`, and with the page's defaults for its other inputs."""
+        event, data = self.handlers[handler], [self.video, *data]
+        data += [self.defaults[component] for component in event["inputs"][len(data) :]]
+        body = {"fn_index": event["id"], "session_hash": self.session, "data": data}
         request = urllib.request.Request(
             f"{self.server}/queue/join", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
@@ -81,39 +88,40 @@ class Viewer:
                         self.playlist = found[0]
             time.sleep(0.1)  # it ends with the last run
 
-    def watch(self, moves, options):
+    def watch(self, moves):
         """Plays the video. Returns the seconds until the first chunk, to the end, at a halt, and after each move.
 
         After a move, it takes until the new stream has got to the viewer's place.
 
         Args:
             moves: For each, the second of the video after which it comes, and the threshold.
-            options: The values of the other settings.
         """
         threading.Thread(target=self.listen, daemon=True).start()
         began = last = time.monotonic()
-        self.join("start", 0.3, *options)
+        self.join("stream_object_detection", 0.3)
         position, halted, first_chunk, moves, back, moved = 0.0, 0.0, None, list(moves), [], None
         shown, available, has_ended, segments = None, 0.0, False, set()
-        while not (has_ended and position >= available):
+        while moved or not (has_ended and position >= available):
             time.sleep(0.25)
+            assert last - began < 600, "the video never ends"
             with contextlib.suppress(urllib.error.HTTPError):  # a stream goes just before the next one is announced
                 seconds, ended = self.read(self.playlist, segments) if self.playlist else (0.0, False)
-                if self.playlist == shown or seconds > position:
+                if self.playlist == shown or seconds > position or ended:
                     if self.playlist != shown and moved:
                         back.append(time.monotonic() - moved)
+                        moved = None
                     shown, available, has_ended = self.playlist, seconds, ended
             now = time.monotonic()
             if first_chunk is None and available:
                 first_chunk = now - began
             elif available:
                 played = min(now - last, available - position)
-                position, halted = position + played, halted + now - last - played
+                position += played
+                halted += 0 if has_ended else now - last - played
             last = now
             if moves and position > moves[0][0]:
                 moved, (_, threshold) = now, moves.pop(0)
-                self.join("redraw", threshold, position, *options)
-                has_ended = False
+                self.join("redraw", threshold, position)
         return {"first": first_chunk, "end": time.monotonic() - began, "halted": halted, "back": back}
 
     def read(self, playlist, segments):
