@@ -1156,11 +1156,7 @@ def progress_bar(analysis: Analysis) -> str:
     bar = f'<progress value="{analysis.seconds:.1f}" max="{analysis.info.duration_seconds:.1f}"></progress>'
     bar = f'<div class="bar">{bar}</div>'
     waiting = "" if analysis.is_end else "Waiting for more…"
-    hints = {
-        "waiting": waiting,
-        "beyond": "Not analysed yet.",
-        "updating": "Updating…",
-    }  # `page.css` shows one at a time
+    hints = {"waiting": waiting, "beyond": "Not analysed yet.", "updating": "Updating…"}  # `page.css` hides them
     return picture + bar + "".join(f'<span class="{name}">{text}</span>' for name, text in hints.items())
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 import cv2
@@ -29,6 +29,7 @@ PALETTE_SALT = 583273
 LINE_COLORS = {"A": "#ffffff", "B": "#ee00ee", "C": "#1a2a8a", "D": "#f2d3a2"}
 
 BGR = tuple[int, int, int]
+Place = tuple[int, int, int, int]  # left, top, right, bottom, in whole pixels
 
 
 @lru_cache(maxsize=1024)
@@ -148,11 +149,10 @@ def draw_line_counts(frame: np.ndarray, lines: np.ndarray, counts: np.ndarray | 
         frame, lines: As for `draw_lines`.
         counts: Integers, (L, 2): in, out. Without them, there are only letters.
     """
-    height, width = frame.shape[:2]
     line_width, text_size = _sizes(frame)
     strokes = _strokes(lines, text_size)
     segments = [part for start, end, tip in strokes for part in ((start, end), ((start + end) // 2, tip))]
-    taken: list[tuple[int, int, int, int]] = []  # left, top, width, height
+    taken: list[Place] = []
     for index, ((start, end, _), (letter, color)) in enumerate(zip(strokes, LINE_COLORS.items(), strict=False)):
         text = letter if counts is None else f"{letter}  in {counts[index][0]}  out {counts[index][1]}"
         tag = _tag(text, _bgr(color), text_size)
@@ -161,15 +161,13 @@ def draw_line_counts(frame: np.ndarray, lines: np.ndarray, counts: np.ndarray | 
         reach = abs(normal) @ size / 2 + 2 * line_width
         places = []
         for share, side in itertools.product((0.5, 0.2, 0.8, 0, 1), (-1, 1)):
-            corner = start + share * (end - start) + side * reach * normal - size / 2
-            left, top = np.clip(corner, 0, np.maximum((width, height) - size, 0)).astype(int).tolist()
-            place = (left, top, *size.tolist())
-            hits = sum(cv2.clipLine(place, *map(np.ndarray.tolist, segment))[0] for segment in segments)
-            places.append((hits + sum(_overlap(place, other) for other in taken), place))
-        _, (left, top, _, _) = min(places, key=lambda rated: rated[0])
-        taken.append((left, top, *size.tolist()))
-        place = frame[top : top + size[1], left : left + size[0]]
-        place[:] = tag[: place.shape[0], : place.shape[1]]
+            place = _place(frame, tag, *(start + share * (end - start) + side * reach * normal - size / 2))
+            rectangle = (*place[:2], *size.tolist())
+            hits = sum(cv2.clipLine(rectangle, *map(np.ndarray.tolist, segment))[0] for segment in segments)
+            places.append((hits + sum(_common_area(place, other) > 0 for other in taken), place))
+        _, place = min(places, key=lambda rated: rated[0])
+        taken.append(place)
+        _paste(frame, tag, place)
 
 
 def _strokes(lines: np.ndarray, text_size: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -184,9 +182,22 @@ def _normal(start: np.ndarray, end: np.ndarray) -> np.ndarray:
     return np.array([-y, x])
 
 
-def _overlap(some: Sequence[int], other: Sequence[int]) -> bool:
-    """Whether two rectangles (left, top, width, height) have pixels in common."""
-    return all(some[i] < other[i] + other[i + 2] and other[i] < some[i] + some[i + 2] for i in (0, 1))
+def _place(frame: np.ndarray, tag: np.ndarray, left: float, top: float) -> Place:
+    """The place of a tag with that corner, moved into the frame; smaller than the tag if the frame is."""
+    (height, width), (tag_height, tag_width) = frame.shape[:2], tag.shape[:2]
+    left, top = max(0, min(int(left), width - tag_width)), max(0, min(int(top), height - tag_height))
+    return left, top, min(left + tag_width, width), min(top + tag_height, height)
+
+
+def _common_area(some: Place, other: Place) -> int:
+    """How many pixels two places have in common."""
+    width, height = min(some[2], other[2]) - max(some[0], other[0]), min(some[3], other[3]) - max(some[1], other[1])
+    return max(0, width) * max(0, height)
+
+
+def _paste(frame: np.ndarray, tag: np.ndarray, place: Place) -> None:
+    left, top, right, bottom = place
+    frame[top:bottom, left:right] = tag[: bottom - top, : right - left]
 
 
 def _sizes(frame: np.ndarray) -> tuple[int, int]:
@@ -241,27 +252,27 @@ def _fitting_tag(box: np.ndarray, tags: Iterable[np.ndarray]) -> np.ndarray:
 
 def _put_tags(frame: np.ndarray, boxes: np.ndarray, tags: Sequence[np.ndarray]) -> None:
     """Draws a tag for each box. The last ones choose their places first, and lie on top."""
-    places = np.zeros((0, 4), int)
+    taken: list[Place] = []
     for box, tag in zip(boxes[::-1], tags[::-1], strict=True):
-        places = np.vstack((places, _tag_place(box, tag, frame.shape[1::-1], places)))
-    for tag, (left, top, right, bottom) in zip(tags, places[::-1], strict=True):
-        frame[top:bottom, left:right] = tag[: bottom - top, : right - left]
+        least = math.inf
+        for place in _tag_places(frame, box, tag):
+            covered = sum(_common_area(place, other) for other in taken)
+            if covered < least:
+                least, best = covered, place
+            if not covered:  # saves time
+                break
+        taken.append(best)
+    for tag, place in zip(tags, taken[::-1], strict=True):
+        _paste(frame, tag, place)
 
 
-def _tag_place(box: np.ndarray, tag: np.ndarray, size: tuple[int, int], taken: np.ndarray) -> np.ndarray:
-    """Left, top, right and bottom of a tag: where it covers the least of the places (N, 4) that are taken.
-
-    It lies on the upper left corner of its box if it can, or inside it without room above; else on another corner.
-    """
-    tag_size = np.array(tag.shape[1::-1])
-    x1, y1, x2, y2 = box.astype(int).tolist()
-    width, height = tag_size.tolist()
-    above = y1 - height if y1 >= height else y1
-    corners = np.array([(x1, above), (x2 - width, above), (x1, y2), (x2 - width, y2)])
-    corners = corners.clip(0, np.maximum(np.subtract(size, tag_size), 0))
-    places = np.hstack((corners, np.minimum(corners + tag_size, size)))
-    common = np.minimum(places[:, None, 2:], taken[:, 2:]) - np.maximum(places[:, None, :2], taken[:, :2])
-    return places[common.clip(0).prod(axis=-1).sum(axis=-1).argmin()]
+def _tag_places(frame: np.ndarray, box: np.ndarray, tag: np.ndarray) -> Iterator[Place]:
+    """Where the tag of a box may be: first on its upper left corner, or inside it without room above."""
+    left, top, right, bottom = box
+    height, width = tag.shape[:2]
+    above = top - height if top >= height else top
+    for x, y in ((left, above), (right - width, above), (left, bottom), (right - width, bottom)):
+        yield _place(frame, tag, x, y)
 
 
 def _text_color(background: BGR) -> BGR:

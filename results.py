@@ -32,6 +32,7 @@ OBJECT_COLUMNS = ["label", "track", "first_seconds", "last_seconds", "seen_secon
 OBJECT_COLUMNS += BOX_COLUMNS  # on the frame of the best picture
 TABLE_HEADERS = ["Class", "Objects", "Most at once", "First (s)", "Last (s)"]
 CROSSING_COLUMNS = ["second", "frame", "line", "direction", "class", "number"]  # of the CSV file
+LINE_NAMES = "ABCD"
 LINE_HEADERS = ["Line", "Class", "In", "Out", "First (s)"]
 
 
@@ -99,6 +100,7 @@ class Results:
         self._counted: list[tuple[str, int, int]] = []  # label, number and class of those that count, in this order
         self._classes: dict[str, SeenClass] = {}
         self._crossings: list[Crossing] = []
+        self._crossings_per_line: dict[tuple[str, str], list[float]] = {}  # in, out, first second, by line and class
 
     @property
     def frame_count(self) -> int:
@@ -208,24 +210,26 @@ class Results:
         ]
 
     def add_crossings(self, crossings: Iterable[Crossing]) -> None:
-        self._crossings += crossings
+        for crossing in crossings:
+            self._crossings.append(crossing)
+            line, label = LINE_NAMES[crossing.line], self._id2label[crossing.class_id]
+            second = self.info.pts_seconds[crossing.source_index].round(3)
+            counts = self._crossings_per_line.setdefault((line, label), [0, 0, second])
+            counts[0 if crossing.is_in else 1] += 1
+            counts[2] = min(counts[2], second)
 
     def crossings(self) -> pd.DataFrame:
         """A row per crossing, by time, with `CROSSING_COLUMNS`. Lines are A to D, directions "in" and "out"."""
         seconds = self.info.pts_seconds
         rows = [
-            (seconds[index], index, "ABCD"[line], ("out", "in")[is_in], self._id2label[class_id], number)
+            (seconds[index], index, LINE_NAMES[line], ("out", "in")[is_in], self._id2label[class_id], number)
             for index, line, is_in, class_id, number in sorted(self._crossings)
         ]
         return pd.DataFrame(rows, columns=CROSSING_COLUMNS).round({"second": 3})
 
     def crossings_per_line(self) -> pd.DataFrame:
         """A row per line and class that crossed it, with `LINE_HEADERS`."""
-        groups = self.crossings().groupby(["line", "class"])
-        rows = [
-            (*key, (group["direction"] == "in").sum(), (group["direction"] == "out").sum(), group["second"].min())
-            for key, group in groups
-        ]
+        rows = [(*key, *counts) for key, counts in sorted(self._crossings_per_line.items())]
         return pd.DataFrame(rows, columns=LINE_HEADERS).round(1)
 
     def save(self, base: str, settings: Mapping[str, object]) -> dict[str, str]:
@@ -255,19 +259,19 @@ class Results:
             for seen in self.counted_objects():
                 name = re.sub(r"[^\w-]+", "-", seen.label)  # a label may have any characters
                 file.write(seen.picture, f"{name}-{seen.number}.jpg")
-        self._save_tracks(paths["mot"])
+        self._save_tracks(found, paths["mot"])
         if settings.get("lines"):
             paths["crossings"] = f"{base}-crossings.csv"
             crossings.to_csv(paths["crossings"], index=False)
         return paths
 
-    def _save_tracks(self, path: str) -> None:
+    def _save_tracks(self, found: pd.DataFrame, path: str) -> None:
         """Writes the tracks in the format of MOTChallenge, as CVAT imports it: datumaro's `MotSeqImporter` reads it.
 
         CVAT hides a track on frames without a line of their own, so frames between two sightings get interpolated ones.
         """
         labels = [label for _, label in sorted(self._id2label.items())]
-        tracks = self.detections().dropna(subset="track").sort_values("frame").groupby(["label", "track"])
+        tracks = found.dropna(subset="track").sort_values("frame").groupby(["label", "track"])
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("gt/labels.txt", "\n".join(labels))
             with archive.open("gt/gt.txt", "w") as file:

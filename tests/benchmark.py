@@ -489,7 +489,6 @@ def compare_visitors(folder: Path) -> list[str]:
     for count in VISITORS:
         (folder / str(count)).mkdir()
         columns.append(measure_visitors(count, video, folder / str(count)))
-        print(count, columns[-1], file=sys.stderr)
     lines = ["", f"| {describe(video)} | {' | '.join(map(str, VISITORS))} |", f"|---|{'--:|' * len(VISITORS)}"]
     for key, (name, form) in VISITOR_ROWS.items():
         pairs = [c[key] if key == "memory_mb" else (statistics.median(c[key]), max(c[key])) for c in columns]
